@@ -1,0 +1,102 @@
+"""The mixture of experts of Qwen3-VL-MoE: router, dropless dispatch, expert products, combine.
+
+B rows, T tokens, H hidden size, E experts, k experts per token, I expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mindjax.config import TextConfig
+from mindjax.ops.grouped_matmul import grouped_matmul
+from mindjax.ops.matmul import matmul
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RouterStats:
+    """What one layer's router did.
+
+    Attributes:
+      load: [E] float32, (token, choice) pairs that each expert received, padding excluded.
+      aux_sum: scalar float32, the load-balancing loss summed over sequences; its gradient reaches the router.
+      aux_count: scalar float32, the number of sequences.
+    """
+
+    load: Array
+    aux_sum: Array
+    aux_count: Array
+
+
+def moe(params: dict[str, Array], x: Array, segment_ids: Array, config: TextConfig) -> tuple[Array, RouterStats]:
+    """Sends each token to its top-k experts and adds their answers, weighted; no token is dropped.
+
+    Args:
+      params: router [H, E], gate_up [E, H, 2 I] (gate first, then up), down [E, I, H].
+      x: [B, T, H].
+      segment_ids: [B, T] int32; each run of one id in a row is a sequence, 0 is padding, which is neither routed
+        nor counted and gets a zero answer.
+      config: reads num_experts, num_experts_per_tok, norm_topk_prob.
+
+    Returns:
+      (y [B, T, H] in the dtype of `x`, RouterStats).
+    """
+    rows, time, hidden = x.shape
+    tokens = rows * time
+    experts, choices = config.num_experts, config.num_experts_per_tok
+    flat = x.reshape(tokens, hidden)
+    real = segment_ids.reshape(tokens) > 0
+
+    # float32: small differences of router logits decide which expert a token meets.
+    probabilities = jax.nn.softmax(matmul(flat, params["router"], dtype=jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(probabilities, choices)
+    if config.norm_topk_prob:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    # transformers weighs in the model's dtype, the published models were trained so.
+    weights = jnp.where(real[:, None], weights, 0.0).astype(x.dtype)
+
+    # Padding goes to an expert past the last, hence behind every group, where the product is zero.
+    expert = jnp.where(real[:, None], chosen, experts).reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    taken = (chosen[:, :, None] == jnp.arange(experts)).any(axis=1) & real[:, None]
+    group_sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
+
+    gate, up = jnp.split(grouped_matmul(flat[order // choices], params["gate_up"], group_sizes), 2, axis=-1)
+    answers = grouped_matmul(jax.nn.silu(gate) * up, params["down"], group_sizes)
+    back = jnp.argsort(order)
+    y = jnp.sum(answers[back].reshape(tokens, choices, hidden) * weights[:, :, None], axis=1)
+
+    aux_sum, aux_count = _balance_loss(probabilities, taken, segment_ids)
+    return y.reshape(x.shape), RouterStats(group_sizes.astype(jnp.float32), aux_sum, aux_count)
+
+
+def _balance_loss(probabilities: Array, taken: Array, segment_ids: Array) -> tuple[Array, Array]:
+    """The load-balancing loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6), per sequence.
+
+    E sum_e f_e P_e with f_e the share of the sequence's tokens that chose e (the f_e sum to k, as transformers
+    has it, so that published coefficients keep their meaning) and P_e its mean router probability. A mean over
+    the whole batch would not add up over micro-batches; a sum over sequences does.
+
+    Returns:
+      (sum over sequences, number of sequences).
+    """
+    rows, time = segment_ids.shape
+    experts = probabilities.shape[-1]
+    # Number the runs through the whole batch: at most one per token, which bounds the count statically.
+    starts = jnp.concatenate([jnp.ones((rows, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    sequence = jnp.cumsum(starts.reshape(-1)) - 1
+    real = (segment_ids.reshape(-1) > 0).astype(jnp.float32)
+
+    def total(values: Array) -> Array:
+        return jax.ops.segment_sum(values, sequence, rows * time, indices_are_sorted=True)
+
+    lengths = total(real)
+    share = total(taken.astype(jnp.float32)) / jnp.maximum(lengths, 1.0)[:, None]
+    # Per token, so that only the counts are scattered and the router's gradient is a gather.
+    per_token = experts * jnp.sum(share[sequence] * probabilities, axis=-1) / jnp.maximum(lengths, 1.0)[sequence]
+    return jnp.sum(per_token * real), jnp.sum(lengths > 0, dtype=jnp.float32)

@@ -1,0 +1,1 @@
+"""Numerical building blocks: one file per op, a reference in jnp and fast paths with the same signature."""

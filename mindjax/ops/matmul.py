@@ -1,0 +1,57 @@
+"""The dense product of the model, accumulated in float32 in both directions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def matmul(x: Array, w: Array, *, dtype: Any = None) -> Array:
+    """`x @ w` with float32 accumulation in the product and in both gradients.
+
+    Args:
+      x: [..., K].
+      w: [K, N], of the dtype of `x`.
+      dtype: of the result; that of `x` by default. With float32 the accumulator is returned unrounded.
+
+    Returns:
+      [..., N].
+
+    JAX alone accumulates the gradients of a bfloat16 product in bfloat16, and XLA's CPU backend runs a bfloat16
+    product without a float32 result at half speed.
+    """
+    return _matmul(x, w, jnp.dtype(dtype or x.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    return contract(x, w, (x.ndim - 1,), (0,)).astype(dtype)
+
+
+def _forward(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, w, dtype), (x, w)
+
+
+def _backward(dtype: jnp.dtype, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    # A float32 cotangent of bfloat16 operands is rounded like the operands are: the sums stay in float32.
+    g = g.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    return contract(g, w, (g.ndim - 1,), (1,)).astype(x.dtype), contract(x, g, rows, rows).astype(w.dtype)
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def contract(a: Array, b: Array, a_dims: tuple[int, ...], b_dims: tuple[int, ...]) -> Array:
+    """Contracts dimensions of `a` with dimensions of `b`; the float32 accumulator is the result."""
+    # Asking for float32 means wanting float32: without HIGHEST a TPU would round float32 operands to bfloat16
+    # and a GPU to TF32, and parity with a float32 reference would be lost. bfloat16 operands are exact either way.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, ((a_dims, b_dims), ((), ())), precision=precision, preferred_element_type=jnp.float32)
