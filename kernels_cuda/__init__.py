@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, their build and their bindings."""

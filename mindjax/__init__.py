@@ -1,0 +1,3 @@
+"""Post-training of vision-language models in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The only package that imports torch, vLLM or Hugging Face model classes."""
