@@ -9,12 +9,25 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mindjax.config import TextConfig
+from mindjax.models.parameters import Init
 from mindjax.ops.grouped_matmul import grouped_matmul
 from mindjax.ops.matmul import matmul
 
 Array = jax.Array
+
+
+class MoE(nnx.Module):
+    """Router and experts, stacked over layers."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        layer, embed = ("layer", config.num_hidden_layers), ("embed", config.hidden_size)
+        expert, hidden = ("expert", config.num_experts), config.moe_intermediate_size
+        self.router = init.normal(layer, embed, ("router", config.num_experts))
+        self.gate_up = init.normal(layer, expert, embed, ("expert_mlp", 2 * hidden))
+        self.down = init.normal(layer, expert, ("expert_mlp", hidden), embed)
 
 
 @jax.tree_util.register_dataclass

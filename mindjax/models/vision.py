@@ -1,0 +1,173 @@
+"""The vision encoder: patches in, merged tokens out, with DeepStack taps on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mindjax.config import VisionConfig
+from mindjax.models.norm import LayerNorm, layer_norm
+from mindjax.models.parameters import Init
+from mindjax.models.rope import apply_rope, vision_rope
+from mindjax.ops.attention import attention
+from mindjax.ops.matmul import matmul
+from mindjax.types import VisionInputs
+from sharding.remat import Remat, rematerialise
+
+Lead = tuple[tuple[str, int], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What the language model reads.
+
+    Attributes:
+      tokens: [M, H], the merged tokens, M = R x L / merge**2, in the order of the packed rows.
+      deepstack: [levels, M, H], added to the hidden states after the first `levels` text layers.
+    """
+
+    tokens: jax.Array
+    deepstack: jax.Array
+
+
+class Linear(nnx.Module):
+    """A weight matrix with bias."""
+
+    def __init__(self, init: Init, rows: tuple[str, int], columns: tuple[str, int], lead: Lead = ()):
+        self.kernel = init.normal(*lead, rows, columns)
+        self.bias = init.constant(0.0, *lead, columns)
+
+
+class VisionAttention(nnx.Module):
+    def __init__(self, init: Init, config: VisionConfig, lead: Lead):
+        embed, heads = ("vision_embed", config.hidden_size), ("vision_heads", config.hidden_size)
+        self.qkv = Linear(init, embed, ("vision_heads", 3 * config.hidden_size), lead)
+        self.proj = Linear(init, heads, embed, lead)
+
+
+class VisionMLP(nnx.Module):
+    def __init__(self, init: Init, config: VisionConfig, lead: Lead):
+        embed, hidden = ("vision_embed", config.hidden_size), ("vision_mlp", config.intermediate_size)
+        self.fc1 = Linear(init, embed, hidden, lead)
+        self.fc2 = Linear(init, hidden, embed, lead)
+
+
+class VisionBlocks(nnx.Module):
+    """All blocks, stacked on a leading layer axis."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        lead = (("vision_layer", config.depth),)
+        self.norm1 = LayerNorm(init, config.hidden_size, lead)
+        self.norm2 = LayerNorm(init, config.hidden_size, lead)
+        self.attn = VisionAttention(init, config, lead)
+        self.mlp = VisionMLP(init, config, lead)
+
+
+class Merger(nnx.Module):
+    """Joins neighbouring patches into one token of the language model's width."""
+
+    def __init__(self, init: Init, config: VisionConfig, norm_size: int, lead: Lead = ()):
+        merged = config.hidden_size * config.merge_unit
+        self.norm = LayerNorm(init, norm_size, lead)
+        self.fc1 = Linear(init, ("vision_merged", merged), ("vision_mlp", merged), lead)
+        self.fc2 = Linear(init, ("vision_mlp", merged), ("embed", config.out_hidden_size), lead)
+
+
+class VisionEncoder(nnx.Module):
+    """The parameters of the whole encoder."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        self.patch_embed = Linear(init, ("patch", config.patch_dim), ("vision_embed", config.hidden_size))
+        self.position_embed = init.normal(
+            ("vision_position", config.num_position_embeddings), ("vision_embed", config.hidden_size)
+        )
+        self.blocks = VisionBlocks(init, config)
+        self.merger = Merger(init, config, config.hidden_size)
+        if levels := len(config.deepstack_visual_indexes):
+            merged = config.hidden_size * config.merge_unit
+            self.deepstack_mergers = Merger(init, config, merged, (("deepstack", levels),))
+
+
+def encode(p: dict[str, Any], vision: VisionInputs, config: VisionConfig, remat: Remat) -> VisionFeatures:
+    """Encodes packed patches; attention stays inside one image or frame.
+
+    Args:
+      p: the `vision` branch of the parameters; its dtype is the compute dtype.
+      vision: patches [R, L, P] and where they stand.
+      remat: what a block keeps for the backward pass.
+
+    Returns:
+      tokens [M, H] and DeepStack features [levels, M, H].
+    """
+    dtype = p["patch_embed"]["kernel"].dtype
+    x = _linear(p["patch_embed"], vision.patches.astype(dtype))
+    x = x + _position_embedding(p["position_embed"], vision.coordinates, config)
+    rope = vision_rope(vision.coordinates, config)
+    segments = vision.segment_ids
+
+    def block(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, Any], jax.Array]) -> tuple[Any, None]:
+        x, taps = carry
+        p, index = layer
+        x = x + _attention(p["attn"], layer_norm(p["norm1"], x), rope, segments, config)
+        hidden = checkpoint_name(_linear(p["mlp"]["fc1"], layer_norm(p["norm2"], x)), "mlp_hidden")
+        x = x + _linear(p["mlp"]["fc2"], jax.nn.gelu(hidden, approximate=True))
+        # A tap is kept in the carry, not as a scan output, so that depth x patches is never materialised.
+        tapped = jnp.asarray(config.deepstack_visual_indexes, jnp.int32) == index
+        return (x, jnp.where(tapped[:, None, None, None], x[None], taps)), None
+
+    levels = len(config.deepstack_visual_indexes)
+    taps = jnp.zeros((levels, *x.shape), x.dtype)
+    layers = (p["blocks"], jnp.arange(config.depth, dtype=jnp.int32))
+    (x, taps), _ = jax.lax.scan(rematerialise(block, remat), (x, taps), layers)
+
+    merged = config.hidden_size * config.merge_unit
+    tokens = _merge(p["merger"], layer_norm(p["merger"]["norm"], x).reshape(-1, merged))
+    # Level j of the language model receives the j-th tap in layer order, through the merger of its place in the list.
+    deepstack = [
+        _merge(merger := jax.tree.map(lambda leaf, j=j: leaf[j], p["deepstack_mergers"]),
+               layer_norm(merger["norm"], taps[j].reshape(-1, merged)))
+        for j in np.argsort(config.deepstack_visual_indexes)
+    ]  # fmt: skip
+    return VisionFeatures(tokens, jnp.stack(deepstack) if levels else jnp.zeros((0, *tokens.shape), tokens.dtype))
+
+
+def _linear(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    return matmul(x, p["kernel"]) + jnp.expand_dims(p["bias"], tuple(range(x.ndim - 1)))
+
+
+def _attention(
+    p: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array], segments: jax.Array, config: VisionConfig
+) -> jax.Array:
+    rows, length = x.shape[:2]
+    qkv = _linear(p["qkv"], x).reshape(rows, length, 3, config.num_heads, config.head_dim)
+    q, k, v = (checkpoint_name(qkv[:, :, i], "qkv") for i in range(3))
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    out = attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=False)
+    return _linear(p["proj"], checkpoint_name(out.reshape(rows, length, -1), "attention"))
+
+
+def _merge(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    return _linear(p["fc2"], jax.nn.gelu(_linear(p["fc1"], x), approximate=False))
+
+
+def _position_embedding(table: jax.Array, coordinates: jax.Array, config: VisionConfig) -> jax.Array:
+    """Reads the square position table at the patch's place in its own grid, bilinearly, corners aligned."""
+    side = round(config.num_position_embeddings**0.5)
+    place, size = coordinates[..., :2].astype(jnp.float32), coordinates[..., 2:]
+    source = place * (side - 1) / jnp.maximum(size - 1, 1).astype(jnp.float32)
+    low = jnp.clip(jnp.floor(source), 0, side - 1)
+    high = jnp.minimum(low + 1, side - 1)
+    upper = source - jnp.floor(source)
+    taps = jnp.stack([low, high], -1).astype(jnp.int32)  # [R, L, axis, 2]
+    weights = jnp.stack([1 - upper, upper], -1)
+    index = taps[..., 0, :, None] * side + taps[..., 1, None, :]  # [R, L, 2, 2]
+    weight = weights[..., 0, :, None] * weights[..., 1, None, :]
+    # Weighted in float32 as published: interpolation weights do not fit bf16.
+    return jnp.einsum("rlijd,rlij->rld", table[index].astype(jnp.float32), weight).astype(table.dtype)

@@ -1,0 +1,110 @@
+"""The arrays that pass between the parts: one batch, one rollout, one loss.
+
+Shape suffixes used throughout: B rows, T tokens in a row, R vision rows, L patches in a vision row,
+P patch pixels (channels x temporal x height x width), V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VisionInputs:
+    """Patches of all images and frames of a batch, packed into rows; attention stays inside a segment.
+
+    Attributes:
+      patches: [R, L, P] normalised pixels, in the merge-block order of the processor, so that every
+        `spatial_merge_size**2` neighbours become one token.
+      coordinates: [R, L, 4] int32, (row, column, grid height, grid width) of each patch, in patches.
+      segment_ids: [R, L] int32, one number per image or frame, 0 for padding.
+    """
+
+    patches: Array
+    coordinates: Array
+    segment_ids: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows of rendered conversations.
+
+    Attributes:
+      tokens: [B, T] int32.
+      positions: [B, T, 3] int32, M-RoPE (time, height, width); they restart with each segment.
+      segment_ids: [B, T] int32, one number per conversation in the row, 0 for padding.
+      loss_mask: [B, T] float32, 1 where `tokens[b, t]` is a target (predicted from t - 1).
+      vision_index: [B, T] int32, which merged vision token (flat, over R x L / merge**2) stands at this
+        place, -1 where the place holds text.
+      vision: the patches, or None for a batch of text alone.
+    """
+
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+    loss_mask: Array
+    vision_index: Array
+    vision: VisionInputs | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss as a sum and its count, so that partial losses add up to one exact mean.
+
+    Attributes:
+      sum: scalar float32, the summed loss; its gradient is what accumulates.
+      count: scalar float32, what to divide by once everything is summed.
+      metrics: name -> (sum, count) pairs, reported as sum / count.
+    """
+
+    sum: Array
+    count: Array
+    metrics: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Array:
+        """The mean, 0 where nothing was counted."""
+        return self.sum / jnp.maximum(self.count, 1.0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer.
+
+    Attributes:
+      token_ids: the generated tokens, the stop token included when one was sampled.
+      logprobs: their log-probabilities under the distribution they were sampled from.
+      finish_reason: "stop" or "length".
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with what is needed to train on it, judge it, or prefer it.
+
+    Attributes:
+      messages: HF chat messages; image parts are {"type": "image", "image": path, PIL image or uint8 array}.
+      id: unique and stable over runs.
+      task: the family it belongs to; rewards are routed and accuracies reported by it.
+      answer: what a verifier needs to judge a reply, {"kind": ..., ...}; None where nothing is verifiable.
+      rejected: for preference data, the reply that loses to the last assistant message.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    id: str
+    task: str = ""
+    answer: dict[str, Any] | None = None
+    rejected: str | None = None
