@@ -1,7 +1,6 @@
 # Every target does its own set-up (.ci/setup) and can be interrupted and run again.
 PYTHON_BIN := .venv/bin/python
 MINDJAX := .venv/bin/mindjax
-export JAX_PLATFORMS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 .PHONY: help quickstart quickstart-moe test prove lint bench notebook setup clean
