@@ -88,7 +88,7 @@ class ModelConfig:
              f"text.mrope_section {text.mrope_section} must sum to head_dim / 2 = {text.head_dim // 2}"),
             (all(0 <= i < vision.depth for i in vision.deepstack_visual_indexes)
              and len(set(vision.deepstack_visual_indexes)) == len(vision.deepstack_visual_indexes),
-             f"deepstack_visual_indexes {vision.deepstack_visual_indexes} must be distinct layers below {vision.depth}"),
+             f"deepstack_visual_indexes {vision.deepstack_visual_indexes} must be distinct and below {vision.depth}"),
             (len(vision.deepstack_visual_indexes) <= text.num_hidden_layers,
              "there are more DeepStack levels than text layers"),
             (round(vision.num_position_embeddings**0.5) ** 2 == vision.num_position_embeddings,
@@ -171,7 +171,7 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of this model, with both spellings of the rotary settings, so that old and new readers agree."""
+        """The `config.json` of this model, with both spellings of the rotary settings, for old and new readers."""
         text, vision = self.text, self.vision
         moe = text.num_experts > 0
         rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": list(text.mrope_section)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-# "none" keeps everything, "full" recomputes the whole block, names keep those operators' outputs and recompute the rest.
+# "none" keeps everything, "full" recomputes the whole block, a tuple keeps the named outputs and recomputes the rest.
 Remat = str | tuple[str, ...]
 # The points that models mark with `checkpoint_name`.
 NAMES = ("qkv", "attention", "mlp_hidden")

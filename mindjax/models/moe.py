@@ -76,7 +76,7 @@ def moe(params: dict[str, Array], x: Array, segment_ids: Array, config: TextConf
     # Padding goes to an expert past the last, hence behind every group, where the product is zero.
     expert = jnp.where(real[:, None], chosen, experts).reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    taken = (chosen[:, :, None] == jnp.arange(experts)).any(axis=1) & real[:, None]
+    taken = (chosen[:, :, None] == jnp.arange(experts)[None, None]).any(axis=1) & real[:, None]
     group_sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
 
     gate, up = jnp.split(grouped_matmul(flat[order // choices], params["gate_up"], group_sizes), 2, axis=-1)

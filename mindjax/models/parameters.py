@@ -1,4 +1,4 @@
-"""How a parameter is declared: an `nnx.Param` that carries its logical axes, from which `sharding.rules` lays it out."""
+"""How a parameter is declared: an `nnx.Param` with its logical axes, from which `sharding.rules` lays it out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary positions: interleaved M-RoPE for text, row and column for vision. Angles are float32: positions reach 10^5."""
+"""Rotary positions: interleaved M-RoPE for text, row and column for vision; float32, as positions reach 10^5."""
 
 from __future__ import annotations
 
