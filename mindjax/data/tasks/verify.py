@@ -1,0 +1,41 @@
+"""Judges a reply against what an item knows about its right answers.
+
+An answer is `{"kind": ..., "value": ...}`:
+  exact   the reply is `value` (case and surrounding spaces aside)
+  one_of  the reply is any of the list `value`
+  within  the reply is a whole number at most `tolerance` away from `value`
+With `"boxed": True` only what stands in `\\boxed{}` counts, so that a right value in the wrong form is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
+def extract(reply: str) -> tuple[str, bool]:
+    """What the reply says, and whether it said so in `\\boxed{}` (the last one counts)."""
+    boxed = _BOXED.findall(reply)
+    text = boxed[-1] if boxed else reply
+    return text.strip().rstrip(".").strip().lower(), bool(boxed)
+
+
+def is_right(answer: dict[str, Any], reply: str) -> bool:
+    """Whether `reply` is right.
+
+    Raises:
+      ValueError: for an unknown kind of answer.
+    """
+    said, boxed = extract(reply)
+    if answer.get("boxed", False) and not boxed:
+        return False
+    kind, value = answer["kind"], answer["value"]
+    if kind == "exact":
+        return said == str(value).lower()
+    if kind == "one_of":
+        return said in {str(v).lower() for v in value}
+    if kind == "within":
+        return re.fullmatch(r"[0-9]{1,4}", said) is not None and abs(int(said) - value) <= answer["tolerance"]
+    raise ValueError(f"answer kind {kind!r} is not known; known are 'exact', 'one_of' and 'within'")
