@@ -1,0 +1,41 @@
+"""The device mesh: the names of its axes, and one function that makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+# From the slowest links to the fastest: tensor parallel exchanges in every layer, data parallel once a step.
+AXES = ("data", "fsdp", "stage", "sequence", "expert", "tensor")
+
+
+def make_mesh(sizes: dict[str, int] | None = None, *, devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
+    """A mesh with all of `AXES`; those not given have size 1.
+
+    Args:
+      sizes: axis name -> size; `make_mesh({"data": 2})` and `make_mesh(data=2)` are the same.
+      devices: what to use, in order; default: all.
+
+    Raises:
+      ValueError: for an unknown axis, a size below 1, or a product that is not the number of devices.
+    """
+    wanted = {**(sizes or {}), **axes}
+    if unknown := sorted(set(wanted) - set(AXES)):
+        raise ValueError(f"unknown mesh axes {unknown}; the axes are {', '.join(AXES)}")
+    shape = [wanted.get(axis, 1) for axis in AXES]
+    if min(shape) < 1:
+        raise ValueError(f"mesh sizes must be 1 or more, not {wanted}")
+    given = list(jax.devices() if devices is None else devices)
+    if math.prod(shape) != len(given):
+        raise ValueError(
+            f"the mesh {wanted} takes {math.prod(shape)} devices and there are {len(given)}: change a size, or pass "
+            "devices= (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
+        )
+    # Auto: under Explicit, jax's default, embedding gathers and sharded contractions must be annotated or raise.
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # knows the physical topology
+    return Mesh(np.asarray(given, dtype=object).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
