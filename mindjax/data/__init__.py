@@ -1,0 +1,1 @@
+"""From messages, images and videos to arrays: decoding, resizing, rendering, packing, tasks."""
