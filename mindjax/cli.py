@@ -1,0 +1,247 @@
+"""`mindjax COMMAND`: the command line, and the one place that wires what must not import each other.
+
+Each command imports its own module when it is called, so that `mindjax --help` and `mindjax doctor` answer at once
+and work in a broken environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import difflib
+import importlib
+import json
+import platform
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# What an experiment's `config.kind` runs: "module:function", called with (config, workdir).
+KINDS = {
+    "pipeline": "mindjax.pipeline:run",
+    "sft": "mindjax.sft.train:main",
+    "rl": "mindjax.rl.train:main",
+    "dpo": "mindjax.dpo.train:main",
+    "eval": "mindjax.evaluation.run:main",
+}
+EXPERIMENT_HELP = {
+    "run": "run an experiment file, whatever its kind",
+    "sft": "supervised fine-tuning",
+    "rl": "reinforcement learning with GSPO",
+    "dpo": "preference optimisation",
+    "eval": "accuracy of a checkpoint on benchmarks",
+}
+# Where a missing module is found: the extra of this distribution that brings it.
+EXTRA_OF_MODULE = {
+    "sklearn": "quickstart",
+    "skimage": "quickstart",
+    "matplotlib": "quickstart",
+    "torch": "parity",
+    "vllm": "vllm",
+    "nbclient": "notebooks",
+    "nbformat": "notebooks",
+    "pytest": "dev",
+}
+
+Command = Callable[[argparse.Namespace, list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        return arguments.function(arguments, rest)
+    except KeyboardInterrupt:
+        again = " ".join(shlex.quote(argument) for argument in ["mindjax", *argv])
+        goes_on = " it goes on from its last checkpoint with" if arguments.command in EXPERIMENT_HELP else " again with"
+        print(f"\ninterrupted;{goes_on}\n  {again}", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
+        if extra is None or arguments.traceback:
+            raise
+        print(f"mindjax: {error}; it comes with  pip install 'mindjax[{extra}]'", file=sys.stderr)
+    except (ValueError, FileNotFoundError) as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        else:
+            print(f"mindjax: {error}\n(--traceback shows where)", file=sys.stderr)
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="mindjax", description="Post-training of vision-language models in JAX.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"mindjax {metadata.version('mindjax')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Command, help: str, **options: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=help, description=help, parents=[common], allow_abbrev=False, **options
+        )
+        command.set_defaults(function=function)
+        return command
+
+    for name, help in EXPERIMENT_HELP.items():
+        command = add(name, run_experiment, help)
+        command.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="experiments/NAME.py[:debug]")
+        command.add_argument("--workdir", type=Path, help="default: runs/NAME[-SIZE]; an existing one is resumed")
+        command.add_argument(
+            "--change-config", action="store_true", help="resume a run although its config is no longer the same"
+        )
+        command.epilog = "Any field of the config can be set: --config.optim.lr=1e-5"
+
+    generate = add("generate", run_generate, "answer a conversation with images")
+    generate.add_argument("model_dir", metavar="MODEL_DIR", help="a Hugging Face folder")
+    generate.add_argument("--messages", required=True, type=Path, help="a JSON file in the HF chat format")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    generate.add_argument("--ignore-eos", action="store_true", help="always generate --max-new-tokens tokens")
+    generate.add_argument("--json", action="store_true", help="print one JSON line with tokens and log-probs")
+
+    convert = add("convert", run_convert, "rewrite a checkpoint in another dtype or expert layout")
+    convert.add_argument("source", metavar="SRC", help="a Hugging Face folder")
+    convert.add_argument("destination", metavar="DST", help="the folder to write")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
+    convert.add_argument(
+        "--layout",
+        choices=("published", "transformers"),
+        default="published",
+        help="how experts are written: as in the published files (and for vLLM), or as transformers saves them",
+    )
+
+    convert.add_argument(
+        "--source-layout", choices=("published", "transformers"), help="of SRC, where shapes cannot tell the two apart"
+    )
+
+    add("bench", run_bench, "speed and memory beside the alternatives", add_help=False)  # it has options of its own
+    doctor = add("doctor", run_doctor, "what is installed, which devices, what is missing and how to get it")
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    return parser
+
+
+def run_experiment(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Loads the experiment, prepares its run directory and calls the main loop that its kind names."""
+    from mindjax.experiment import load_experiment
+
+    overrides = [argument for argument in rest if argument.startswith("--config.")]
+    _refuse([argument for argument in rest if argument not in overrides], ["--workdir", "--change-config", "--config"])
+    config = load_experiment(arguments.config, overrides)
+    kind = config.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{arguments.config} sets kind {kind!r}; it can be {', '.join(KINDS)}")
+    if arguments.command not in ("run", kind):
+        raise ValueError(f"{arguments.config} is of kind {kind!r}: call `mindjax {kind}` or `mindjax run`")
+    name, _, size = arguments.config.partition(":")
+    workdir = arguments.workdir or Path("runs") / "-".join(filter(None, [Path(name).stem, size]))
+    prepare_workdir(workdir, config, change_config=arguments.change_config)
+    module, function = KINDS[kind].split(":")
+    getattr(importlib.import_module(module), function)(config, workdir)
+    return 0
+
+
+def prepare_workdir(workdir: Path, config: Any, *, change_config: bool) -> None:
+    """Writes the exact command, versions and config into `workdir`.
+
+    Raises:
+      ValueError: the directory holds a run with another config, and `change_config` is off.
+    """
+    path = workdir / "config.json"
+    new = json.loads(config.to_json_best_effort())
+    if path.exists() and not change_config:
+        was, now = _flat(json.loads(path.read_text())), _flat(new)
+        absent = "absent"
+        changes = [
+            f"{key}: {was.get(key, absent)} -> {now.get(key, absent)}"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key, absent) != now.get(key, absent)
+        ]
+        if changes:
+            raise ValueError(
+                f"{workdir} holds a run with another config ({'; '.join(changes[:5])}{' ...' * (len(changes) > 5)}); "
+                f"choose another --workdir, remove that one, or resume it regardless with --change-config"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
+    with (workdir / "command.txt").open("a") as file:
+        started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        file.write(f"{started}  {' '.join(shlex.quote(argument) for argument in ['mindjax', *sys.argv[1:]])}\n")
+    (workdir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on: Python, the platform, and this distribution's core dependencies."""
+    from mindjax.doctor import requirements
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for requirement in requirements():
+        if not requirement.extra and requirement.installed:
+            found[requirement.name] = requirement.installed
+    return {**found, "mindjax": metadata.version("mindjax")}
+
+
+def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest, ["--messages", "--max-new-tokens", "--temperature", "--seed", "--dtype", "--ignore-eos", "--json"])
+    from mindjax.inference import generate
+
+    generate.main(arguments)
+    return 0
+
+
+def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest, ["--dtype", "--layout", "--source-layout"])
+    from mindjax.models import hf_weights
+
+    hf_weights.convert(
+        arguments.source,
+        arguments.destination,
+        dtype=arguments.dtype,
+        layout=arguments.layout,
+        source_layout=arguments.source_layout,
+    )
+    return 0
+
+
+def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from mindjax import bench
+
+    bench.main(rest)
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest, ["--json"])
+    from mindjax import doctor
+
+    report = doctor.examine()
+    print(json.dumps(report.as_dict(), indent=2) if arguments.json else report.as_text())
+    return 0 if report.healthy else 1
+
+
+def _refuse(unknown: Sequence[str], known: Sequence[str]) -> None:
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; a field of the config is set with --config.KEY=VALUE"
+        raise ValueError(f"unknown argument {unknown[0]!r}{hint}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one of dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name in tree for key, value in _flat(tree[name], f"{prefix}{name}.").items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

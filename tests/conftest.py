@@ -1,0 +1,30 @@
+"""What every test shares: the CPU as the one JAX device, a compilation cache that outlives the run, strict mode.
+
+Tests see one CPU device. A test of layouts over several devices starts a subprocess with
+`XLA_FLAGS=--xla_force_host_platform_device_count=8`, so that the others do not share their threads with idle devices.
+Tests marked `gpu` take whatever device JAX finds: run them alone, with `JAX_PLATFORMS=cuda pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Before anything imports jax, and inherited by the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """Ranks and dtypes are never promoted silently; for forward passes and losses (optax itself fails under it)."""
+    import jax
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
