@@ -42,8 +42,7 @@ def _backward(dtype: jnp.dtype, saved: tuple[Array, Array], g: Array) -> tuple[A
     x, w = saved
     # A float32 cotangent of bfloat16 operands is rounded like the operands are: the sums stay in float32.
     g = g.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    return contract(g, w, (g.ndim - 1,), (1,)).astype(x.dtype), contract(x, g, rows, rows).astype(w.dtype)
+    return contract(g, w, (g.ndim - 1,), (1,)).astype(x.dtype), contract_rows(x, g).astype(w.dtype)
 
 
 _matmul.defvjp(_forward, _backward)
@@ -55,3 +54,18 @@ def contract(a: Array, b: Array, a_dims: tuple[int, ...], b_dims: tuple[int, ...
     # and a GPU to TF32, and parity with a float32 reference would be lost. bfloat16 operands are exact either way.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, ((a_dims, b_dims), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def contract_rows(a: Array, b: Array) -> Array:
+    """[..., K] and [..., N], contracted over all rows, give [K, N] in float32: the gradient of a weight.
+
+    XLA's CPU backend has its fast bfloat16 kernel (and its faster float32 one) only where the left side is
+    contracted over its last dimension. It transposes a left side to get there when *two* dimensions are contracted,
+    not when one is, so a single dimension of rows is split: 2 to 2.5 times the speed in bfloat16, 1.2 in float32.
+    """
+    if sum(size > 1 for size in a.shape[:-1]) == 1:
+        rows = a.size // a.shape[-1]
+        if rows % 2 == 0:
+            a, b = (x.reshape(2, rows // 2, x.shape[-1]) for x in (a, b))
+    rows_dims = tuple(range(a.ndim - 1))
+    return contract(a, b, rows_dims, rows_dims)
