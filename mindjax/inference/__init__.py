@@ -1,0 +1,1 @@
+"""Sampling from a model: the KV cache, the batched sampler, and the `generate` command."""

@@ -1,0 +1,101 @@
+"""The KV cache of batched sampling: what a prompt's prefill leaves, shared by its samples, and what each adds.
+
+P prompts, N samples of each, S prompt tokens (padded), C capacity for new tokens, K key/value heads, G query heads
+per key/value head, D head size, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from mindjax.config import TextConfig
+from mindjax.ops.attention import MASKED
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of the prompts, read by all their samples and never written again.
+
+    Attributes:
+      k, v: [L, P, K, S, D]; heads come before tokens, so that decoding multiplies without transposing.
+      segment_ids: [P, S] int32, 0 in padding.
+    """
+
+    k: Array
+    v: Array
+    segment_ids: Array
+
+    @classmethod
+    def from_prefill(cls, kv: tuple[Array, Array], segment_ids: Array) -> Prefix:
+        """From the state of `forward(keep_kv=True)`, [L, P, S, K, D] each."""
+        k, v = (jnp.swapaxes(part, 2, 3) for part in kv)
+        return cls(k, v, segment_ids)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Generated:
+    """Keys and values of the tokens generated so far; all rows are at the same step, so one index serves all.
+
+    Attributes:
+      k, v: [L, P, N, K, C, D].
+    """
+
+    k: Array
+    v: Array
+
+    @classmethod
+    def empty(cls, config: TextConfig, prompts: int, samples: int, capacity: int, dtype: jnp.dtype) -> Generated:
+        shape = (config.num_hidden_layers, prompts, samples, config.num_key_value_heads, capacity, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def append(self, layer: Array, step: Array, k: Array, v: Array) -> Generated:
+        """With k, v [P x N, 1, K, D] of one new token per row at place `step` of `layer`; in place under jit."""
+        start = (layer, 0, 0, 0, step, 0)
+        shape = (1, *self.k.shape[1:4], 1, self.k.shape[5])
+        return Generated(
+            jax.lax.dynamic_update_slice(self.k, k.reshape(shape), start),
+            jax.lax.dynamic_update_slice(self.v, v.reshape(shape), start),
+        )
+
+
+def decode_attention(
+    q: Array, prefix: tuple[Array, Array], generated: tuple[Array, Array], prefix_segment_ids: Array, step: Array
+) -> Array:
+    """One new token per row attends to its prompt and to what the row has generated, itself included.
+
+    The samples of a prompt read its keys together, one product for all, instead of N copies of them.
+
+    Args:
+      q: [P x N, 1, K x G, D].
+      prefix: k, v of one layer, [P, K, S, D].
+      generated: k, v of one layer, [P, N, K, C, D], valid up to and including `step`.
+      prefix_segment_ids: [P, S], 0 is never attended to.
+      step: scalar int32.
+
+    Returns:
+      [P x N, 1, K x G, D] in q's dtype; scores and softmax are float32.
+    """
+    (pk, pv), (gk, gv) = prefix, generated
+    prompts, kv_heads, length, dim = pk.shape
+    samples, capacity = gk.shape[1], gk.shape[3]
+    groups = q.shape[2] // kv_heads
+    # HIGHEST: see `mindjax.ops.attention`, whose arithmetic this repeats on a cache.
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    q = q.reshape(prompts, samples, kv_heads, groups, dim)
+    old = product("pnkgd,pksd->pnkgs", q, pk) * dim**-0.5
+    new = product("pnkgd,pnkcd->pnkgc", q, gk) * dim**-0.5
+    old = jnp.where((prefix_segment_ids != 0)[:, None, None, None], old, jnp.float32(MASKED))
+    new = jnp.where((jnp.arange(capacity, dtype=jnp.int32) <= step)[None, None, None, None], new, jnp.float32(MASKED))
+    weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(pv.dtype)
+    out = product("pnkgs,pksd->pnkgd", weights[..., :length], pv)
+    out += product("pnkgc,pnkcd->pnkgd", weights[..., length:], gv)
+    return out.reshape(prompts * samples, 1, kv_heads * groups, dim).astype(q.dtype)

@@ -1,0 +1,402 @@
+"""Batched sampling: prompts of different lengths with images, several samples of each, one compiled loop.
+
+P prompts, N samples of each, R = P x N rows, V vocabulary, C capacity for new tokens (a bucket of max_new_tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mindjax.config import ModelConfig
+from mindjax.data.packing import BatchShape, SampleSize, bucket, pack, size_of
+from mindjax.inference.cache import Generated, Prefix, decode_attention
+from mindjax.models.qwen3_vl import Params, decoder_layer, forward, logits
+from mindjax.models.norm import rms_norm
+from mindjax.models.rope import text_rope
+from mindjax.types import Batch, Completion
+
+if TYPE_CHECKING:
+    from mindjax.data.render import Rendered
+
+Array = jax.Array
+
+# Stop tokens enter the compiled loop as an array of this length, so that their number compiles nothing.
+MAX_STOP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to draw answers. Nothing here but `num_samples` and the bucket of `max_new_tokens` is compiled in.
+
+    Attributes:
+      max_new_tokens: where an answer is cut.
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_k: draw among this many most likely tokens only; 0 does not limit.
+      top_p: draw among the most likely tokens whose probabilities first sum to this; 1 does not limit.
+      num_samples: answers per prompt.
+      stop_token_ids: tokens that end an answer, and are its last token.
+      ignore_eos: whether to go on to `max_new_tokens` whatever is drawn.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_samples: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}"),
+            (self.temperature >= 0, f"temperature must not be negative: {self.temperature}; 0 is greedy"),
+            (self.top_k >= 0, f"top_k must not be negative: {self.top_k}; 0 does not limit"),
+            (0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}"),
+            (self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}"),
+            (len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} stop tokens, not "
+             f"{len(self.stop_token_ids)}"),
+        ]  # fmt: skip
+        problems = [message for ok, message in checks if not ok]
+        if problems:
+            raise ValueError("sampling: " + "; ".join(problems))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Controls:
+    """What of a SamplingConfig the compiled loop reads: scalars, and stop tokens padded with -1."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    max_new_tokens: Any
+    stop_token_ids: Any
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> _Controls:
+        stop = np.full(MAX_STOP_TOKENS, -1, np.int32)
+        if not sampling.ignore_eos:
+            stop[: len(sampling.stop_token_ids)] = sampling.stop_token_ids
+        return cls(
+            np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
+            np.int32(sampling.max_new_tokens), stop,
+        )  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """The loop's carry. Rows are [R]; outputs [R, C]."""
+
+    step: Array
+    token: Array
+    done: Array
+    lengths: Array
+    tokens: Array
+    logprobs: Array
+    generated: Generated
+
+
+def sampling_keys(seed: int, step: int, prompts: Sequence[int], num_samples: int) -> Array:
+    """PRNG keys [len(prompts), num_samples], each from (seed, step, prompt, sample) alone.
+
+    So a row's random numbers do not depend on which rows share its batch, the same seed always repeats, and no two
+    (step, prompt, sample) share numbers by accident.
+
+    Args:
+      seed: of the run.
+      step: of the training loop; any number that tells calls apart.
+      prompts: a number for each prompt that is its own wherever it stands, e.g. its place in the data set.
+      num_samples: per prompt.
+    """
+    return _fold_keys(np.uint32(seed), np.uint32(step), np.asarray(prompts, np.uint32), num_samples)
+
+
+@partial(jax.jit, static_argnames="num_samples")
+def _fold_keys(seed: Array, step: Array, prompts: Array, num_samples: int) -> Array:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    by_prompt = jax.vmap(partial(jax.random.fold_in, key))(prompts)
+    samples = jnp.arange(num_samples, dtype=jnp.uint32)
+    return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(samples))(by_prompt)
+
+
+def prompt_shape(sizes: Sequence[SampleSize], rows: int, config: ModelConfig) -> BatchShape:
+    """The bucket that holds any `rows` of the prompts, so that a loop over them compiles once.
+
+    Args:
+      sizes: of all prompts that will come (`mindjax.data.packing.size_of`).
+      rows: prompts in one batch.
+      config: gives patch and merge sizes.
+    """
+    if not sizes:
+        raise ValueError("there are no prompts to choose a shape for")
+    length = bucket(max(size.tokens for size in sizes))
+    common = {"patch_dim": config.vision.patch_dim, "merge_size": config.vision.spatial_merge_size}
+    largest = max((frame for size in sizes for frame in size.frames), default=0)
+    if not largest:
+        return BatchShape(rows, length, **common)
+    vision_length = bucket(largest, 4 * config.vision.merge_unit)
+    frames = rows * max(len(size.frames) for size in sizes)
+    vision_rows = bucket(-(-frames // (vision_length // largest)), 1)
+    return BatchShape(rows, length, vision_rows, vision_length, **common)
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Rendered],
+    *,
+    sampling: SamplingConfig,
+    keys: Array | None = None,
+    shape: BatchShape | None = None,
+    max_rows: int = 64,
+) -> list[list[Completion]]:
+    """Draws `num_samples` answers to each prompt.
+
+    A prompt and its images pass the model once, whatever `num_samples`. Tokens that stand for pictures (image and
+    video places, vision start and end) are never drawn: a text model that emits one would break its own context.
+
+    The log-probabilities that come back are those of the distribution drawn from: at the given temperature and, when
+    top_k or top_p limit it, renormalised over what was left. Two things are fixed so that without top_k and top_p
+    they are exactly what `token_logprobs` of the training forward gives at that temperature: the picture tokens are
+    not renormalised away, and greedy answers (temperature 0) report log-probabilities at temperature 1.
+
+    Args:
+      params, config: the model; the dtype of the parameters is that of the computation and of the cache.
+      prompts: rendered with `add_generation_prompt`.
+      sampling: see `SamplingConfig`.
+      keys: [len(prompts), num_samples] PRNG keys (`sampling_keys`); may be None for greedy answers.
+      shape: of the prefill batches, when a loop wants the same for every call (`prompt_shape`); the smallest bucket
+        by default.
+      max_rows: prompts x samples in one device batch; more prompts come in several batches of the same shape.
+
+    Returns:
+      For each prompt its completions.
+
+    Raises:
+      ValueError: keys are missing or have another shape, or the prompts do not fit `shape`.
+    """
+    if not prompts:
+        return []
+    samples = sampling.num_samples
+    if keys is None:
+        if sampling.temperature > 0:
+            raise ValueError("sampling at a temperature needs keys; see mindjax.inference.sampler.sampling_keys")
+        keys = jax.random.key(0)
+        key_data = np.broadcast_to(np.asarray(jax.random.key_data(keys)), (len(prompts), samples, 2))
+    elif keys.shape != (len(prompts), samples):
+        raise ValueError(f"keys have shape {keys.shape}; give one per prompt and sample, {(len(prompts), samples)}")
+    else:
+        key_data = np.asarray(jax.random.key_data(keys))
+    if shape is None:
+        rows = bucket(min(len(prompts), max(1, max_rows // samples)), 1)
+        shape = prompt_shape([size_of(prompt) for prompt in prompts], rows, config)
+    capacity = bucket(sampling.max_new_tokens, 16)
+    controls = _Controls.of(sampling)
+
+    completions: list[list[Completion]] = []
+    for start in range(0, len(prompts), shape.rows):
+        chunk = prompts[start : start + shape.rows]
+        batch = pack([[prompt] for prompt in chunk], shape)
+        chunk_keys = np.zeros((shape.rows, *key_data.shape[1:]), key_data.dtype)
+        chunk_keys[: len(chunk)] = key_data[start : start + len(chunk)]
+        positions = np.zeros(shape.rows, np.int32)
+        positions[: len(chunk)] = [prompt.next_position for prompt in chunk]
+        prefix, hidden = _prefill(params, batch, config=config)
+        result = _decode(
+            params, prefix, hidden, positions, chunk_keys, controls,
+            config=config, capacity=capacity, impl=str(jax.random.key_impl(keys)),
+        )  # fmt: skip
+        tokens, logprobs, lengths, stopped = jax.device_get(result)
+        for p in range(len(chunk)):
+            completions.append([
+                Completion(
+                    tuple(tokens[p, n, : lengths[p, n]].tolist()),
+                    tuple(logprobs[p, n, : lengths[p, n]].tolist()),
+                    "stop" if stopped[p, n] else "length",
+                )
+                for n in range(samples)
+            ])  # fmt: skip
+    return completions
+
+
+@partial(jax.jit, static_argnames="config")
+def _prefill(params: Params, batch: Batch, *, config: ModelConfig) -> tuple[Prefix, Array]:
+    """The prompts' cache, and the hidden state [P, H] that predicts the first new token."""
+    output = forward(params, config, batch, keep_kv=True)
+    last = jnp.maximum(jnp.sum(batch.segment_ids != 0, axis=1, dtype=jnp.int32) - 1, 0)
+    hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0]
+    return Prefix.from_prefill(output.state, batch.segment_ids), hidden
+
+
+@partial(jax.jit, static_argnames=("config", "capacity", "impl"))
+def _decode(
+    params: Params,
+    prefix: Prefix,
+    hidden: Array,
+    positions: Array,
+    key_data: Array,
+    controls: _Controls,
+    *,
+    config: ModelConfig,
+    capacity: int,
+    impl: str,
+) -> tuple[Array, Array, Array, Array]:
+    """Samples until every row is done.
+
+    Args:
+      prefix, hidden: of `_prefill`.
+      positions: [P] int32, where the generated tokens of a prompt continue.
+      key_data: [P, N, ...] of the rows.
+
+    Returns:
+      tokens [P, N, C], logprobs [P, N, C], lengths [P, N], stopped [P, N].
+    """
+    prompts, samples = key_data.shape[:2]
+    rows = prompts * samples
+    keys = jax.random.wrap_key_data(key_data.reshape(rows, -1), impl=impl)
+    positions = jnp.repeat(positions, samples)
+    exists = jnp.repeat(jnp.any(prefix.segment_ids != 0, axis=1), samples)
+
+    def draw(state: _State, scores: Array, step: Array) -> _State:
+        """Adds token number `step` to every row that is not done."""
+        token, logprob = _sample(scores, keys, step, controls, config)
+        stop = jnp.any(token[:, None] == controls.stop_token_ids[None], axis=1)
+        token = jnp.where(state.done, 0, token)
+        logprob = jnp.where(state.done, jnp.float32(0), logprob)
+        return _State(
+            step=step + 1,
+            token=token,
+            done=state.done | stop,
+            lengths=state.lengths + (~state.done).astype(jnp.int32),
+            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step)),
+            logprobs=jax.lax.dynamic_update_slice(state.logprobs, logprob[:, None], (0, step)),
+            generated=state.generated,
+        )
+
+    def unfinished(state: _State) -> Array:
+        return (state.step < controls.max_new_tokens) & ~jnp.all(state.done)
+
+    def advance(state: _State) -> _State:
+        """The newest tokens pass the model, and the next ones are drawn."""
+        index = state.step - 1
+        hidden, generated = _decode_step(
+            params, config, state.token, positions + index, state.done, prefix, state.generated, index
+        )
+        state = _State(**{**vars(state), "generated": generated})
+        return draw(state, logits(params, hidden), state.step)
+
+    empty = _State(
+        step=jnp.int32(0),
+        token=jnp.zeros(rows, jnp.int32),
+        done=~exists,
+        lengths=jnp.zeros(rows, jnp.int32),
+        tokens=jnp.zeros((rows, capacity), jnp.int32),
+        logprobs=jnp.zeros((rows, capacity), jnp.float32),
+        generated=Generated.empty(config.text, prompts, samples, capacity, prefix.k.dtype),
+    )
+    # The samples of a prompt draw their first token from the same scores.
+    first = draw(empty, jnp.repeat(logits(params, hidden), samples, axis=0), jnp.int32(0))
+    final = jax.lax.while_loop(unfinished, advance, first)
+    by_prompt = partial(jnp.reshape, shape=(prompts, samples, -1))
+    stopped = final.done & exists
+    return by_prompt(final.tokens), by_prompt(final.logprobs), final.lengths.reshape(prompts, samples), stopped.reshape(
+        prompts, samples
+    )
+
+
+def _decode_step(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    done: Array,
+    prefix: Prefix,
+    generated: Generated,
+    index: Array,
+) -> tuple[Array, Generated]:
+    """One token per row through all layers, the same layers that train; the cache travels as the scan's carry.
+
+    Args:
+      tokens, positions, done: [R].
+      index: scalar, the place of these tokens among the generated ones.
+
+    Returns:
+      hidden [R, H] after the final norm, and the cache with these tokens.
+    """
+    x = params["text"]["embed"][tokens][:, None]
+    rope = text_rope(jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3)), config.text)
+    segments = (~done).astype(jnp.int32)[:, None]  # finished rows are padding: no expert sees them
+
+    def block(carry: tuple[Array, Generated], layer: tuple[Params, Array, Array, Array]) -> Any:
+        x, cache = carry
+        p, number, pk, pv = layer
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Generated]:
+            updated = cache.append(number, index, k, v)
+            own = tuple(jax.lax.dynamic_index_in_dim(part, number, keepdims=False) for part in (updated.k, updated.v))
+            return decode_attention(q, (pk, pv), own, prefix.segment_ids, index), updated
+
+        x, _, cache = decoder_layer(p, x, rope, segments, config.text, attend)
+        return (x, cache), None
+
+    numbers = jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32)
+    layers = (params["text"]["layers"], numbers, prefix.k, prefix.v)
+    (x, generated), _ = jax.lax.scan(block, (x, generated), layers)
+    return rms_norm(params["text"]["norm"], x[:, 0], config.text.rms_norm_eps), generated
+
+
+def _sample(
+    scores: Array, keys: Array, step: Array, controls: _Controls, config: ModelConfig
+) -> tuple[Array, Array]:
+    """Draws a token per row from float32 scores [R, V]: (tokens [R], their log-probabilities [R])."""
+    greedy = controls.temperature <= 0
+    scores = scores / jnp.where(greedy, jnp.float32(1), controls.temperature)
+    normaliser = jax.nn.logsumexp(scores, axis=-1)
+    vocabulary = jnp.arange(scores.shape[1], dtype=jnp.int32)
+    pictures = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    banned = jnp.any(vocabulary[:, None] == jnp.asarray(pictures, jnp.int32)[None], axis=1)
+    scores = jnp.where(banned[None], -jnp.inf, scores)
+
+    def truncated(scores: Array) -> tuple[Array, Array]:
+        left = _truncate(scores, controls.top_k, controls.top_p)
+        return left, jax.nn.logsumexp(left, axis=-1)
+
+    # Sorting the vocabulary costs more than the rest of this function; `cond` leaves it out unless asked for.
+    limits = (controls.top_k > 0) | (controls.top_p < 1)
+    scores, normaliser = jax.lax.cond(limits, truncated, lambda scores: (scores, normaliser), scores)
+
+    def noise(keys: Array) -> Array:
+        # argmax(scores + Gumbel noise) is a draw from softmax(scores).
+        by_step = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+        return jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:], jnp.float32))(by_step)
+
+    noisy = jax.lax.cond(greedy, lambda keys: scores, lambda keys: scores + noise(keys), keys)
+    tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - normaliser
+
+
+def _truncate(scores: Array, top_k: Array, top_p: Array) -> Array:
+    """-inf for all but the `top_k` best, and of these all but the first whose probabilities reach `top_p`.
+
+    As in transformers: top_k comes first, and top_p is a share of what it leaves; the best token always stays. Equal
+    scores at the edge stay together.
+    """
+    ranked = jnp.flip(jnp.sort(scores, axis=-1), axis=-1)
+    size = scores.shape[-1]
+    rank = jnp.arange(size, dtype=jnp.int32)
+    ranked = jnp.where((rank < jnp.where(top_k > 0, top_k, size))[None], ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # A sum of probabilities may round to 1 before the last of them: without top_p all stay.
+    kept = ((before < top_p) | (top_p >= 1)) & (ranked > -jnp.inf)
+    edge = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores >= edge, scores, -jnp.inf)
