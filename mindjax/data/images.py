@@ -3,9 +3,10 @@
 Resizing is two products with matrices that are *inputs* of one jitted function, and both the source and the target
 are padded to a few bucket sizes, so that an image of a new size compiles nothing. The arithmetic is Pillow's: the
 horizontal pass first, each pass rounded half up and clipped to 0..255, as `Image.resize` does with uint8 and as
-torchvision does within one grey level.
+torchvision does within one or two grey levels.
 
-Shape suffixes: F frames, H W source size, h w target size, C channels, p patch side, m merge side.
+Shape suffixes: F frames, H W source size, h w target size, C channels, N blocks of B outputs, S source window of one
+block, p patch side, m merge side.
 """
 
 from __future__ import annotations
@@ -244,28 +245,55 @@ def fit_area(
     return rows, columns
 
 
-@functools.lru_cache(maxsize=32)
-def bicubic_matrix(source: int, target: int, padded_source: int, padded_target: int) -> np.ndarray:
-    """The antialiased bicubic filter (a = -0.5, Pillow's `precompute_coeffs`) as a matrix.
+def bicubic_matrix(source: int, target: int) -> np.ndarray:
+    """The antialiased bicubic filter (a = -0.5) as a matrix, with the arithmetic of Pillow's `precompute_coeffs`.
 
     Returns:
-      [padded_target, padded_source] float32; row i holds the weights of output i and sums to 1, rows and columns of
-      the padding are 0. For source == target it is the identity.
+      [target, source] float32; row i holds the weights of output i, which sum to 1. For source == target it is the
+      identity.
     """
     scale = source / target
     stretch = max(scale, 1.0)  # when shrinking the filter widens, which is the antialiasing
     support = 2.0 * stretch
-    centre = (np.arange(target) + 0.5) * scale
-    first = np.maximum(np.floor(centre - support + 0.5), 0)[:, None]
-    last = np.minimum(np.floor(centre + support + 0.5), source)[:, None]
+    centre = ((np.arange(target) + 0.5) * scale)[:, None]
+    first = np.maximum(np.floor(centre - support + 0.5), 0)
+    last = np.minimum(np.floor(centre + support + 0.5), source)
     index = np.arange(source)[None, :]
-    x = np.abs((index - centre[:, None] + 0.5) / stretch)
+    x = np.abs((index - centre + 0.5) / stretch)
     weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
     weights = np.where((x < 2) & (index >= first) & (index < last), weights, 0.0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    # Pillow keeps 22 bits of each weight for 8-bit images; the same bits here make ties round the same way.
+    return (np.round(weights * 2**22) / 2**22).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def bicubic_windows(source: int, target: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """`bicubic_matrix` without its zeros: each block of outputs with the short stretch of the source that it needs.
+
+    Ten times fewer products than the whole matrix for a photograph. Only the buckets of source and target, and that
+    of their ratio, decide the shapes.
+
+    Returns:
+      starts [N] int32 and weights [N, block, S] float32, zero in the padding, with N * block = bucket(target, block).
+    """
+    padded_source, padded_target = bucket(source, 8), bucket(target, block)
     matrix = np.zeros((padded_target, padded_source), np.float32)
-    matrix[:target, :source] = weights / weights.sum(axis=1, keepdims=True)
-    matrix.flags.writeable = False
-    return matrix
+    matrix[:target, :source] = bicubic_matrix(source, target)
+    scale = source / target
+    span = min(bucket(math.ceil(block * scale + 4 * max(scale, 1.0)) + 2, 8), padded_source)
+    count = padded_target // block
+    starts = np.zeros(count, np.int32)
+    weights = np.zeros((count, block, span), np.float32)
+    for i, rows in enumerate(matrix.reshape(count, block, padded_source)):
+        used = np.flatnonzero(rows.any(axis=0))
+        if len(used):
+            starts[i] = min(used[0], padded_source - span)
+            assert used[-1] < starts[i] + span, (source, target, block)
+            weights[i] = rows[:, starts[i] : starts[i] + span]
+    for array in (starts, weights):
+        array.flags.writeable = False
+    return starts, weights
 
 
 def bucket(size: int, multiple: int) -> int:
@@ -277,32 +305,40 @@ def bucket(size: int, multiple: int) -> int:
     return math.ceil(math.ceil(2 ** (power / 2)) / multiple) * multiple
 
 
-def _to_uint8_range(x: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.floor(x + 0.5), 0.0, 255.0)
+def _filter_axis(x: jax.Array, axis: int, starts_N: jax.Array, weights_NBS: jax.Array) -> jax.Array:
+    """Filters `axis` of a 4-dimensional array of 0..255 values; the result has it last."""
+    span = weights_NBS.shape[2]
+    windows = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(x, start, span, axis))(starts_N)
+    windows = jnp.moveaxis(windows, axis + 1, -1)
+    # The weights are no bf16 or TF32 numbers: lower precision would move pixels by grey levels.
+    filtered = jnp.einsum("NBS,NabcS->abcNB", weights_NBS, windows, precision=jax.lax.Precision.HIGHEST)
+    return jnp.clip(jnp.floor(filtered.reshape(*filtered.shape[:3], -1) + 0.5), 0.0, 255.0)
 
 
 @functools.partial(jax.jit, static_argnames=("patch_size", "merge_size"))
 def _resize_and_cut(
     frames_FHWC: jax.Array,
-    rows_hH: jax.Array,
-    columns_wW: jax.Array,
+    windows: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None,
     offset_C: jax.Array,
     scale_C: jax.Array,
     *,
     patch_size: int,
     merge_size: int,
 ) -> jax.Array:
-    """Padded frames to blocks [h/(pm), w/(pm), m, m, C, F, p, p] float32 of (value - offset) / scale."""
-    # Weights are no bf16 or TF32 numbers: lower precision would move pixels by a grey level.
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    x = frames_FHWC.astype(jnp.float32)
-    x = _to_uint8_range(product("FHWC,wW->FHCw", x, columns_wW))
-    x = _to_uint8_range(product("hH,FHCw->FhCw", rows_hH, x))
-    x = (x - offset_C[:, None]) / scale_C[:, None]
-    frames, h, channels, w = x.shape
+    """Padded frames to blocks [h/(pm), w/(pm), m, m, C, F, p, p] float32 of (value - offset) / scale.
+
+    `windows` are those of the rows and of the columns, None where the frames have the target size already.
+    """
+    x = jnp.moveaxis(frames_FHWC.astype(jnp.float32), 3, 1)  # FCHW
+    if windows is not None:
+        rows, columns = windows
+        x = _filter_axis(x, 3, *columns)  # FCHw
+        x = jnp.swapaxes(_filter_axis(x, 2, *rows), 2, 3)  # FCwh -> FChw
+    x = (x - offset_C[:, None, None]) / scale_C[:, None, None]
+    frames, channels, h, w = x.shape
     side = patch_size * merge_size
-    x = x.reshape(frames, h // side, merge_size, patch_size, channels, w // side, merge_size, patch_size)
-    return x.transpose(1, 5, 2, 6, 4, 0, 3, 7)
+    x = x.reshape(frames, channels, h // side, merge_size, patch_size, w // side, merge_size, patch_size)
+    return x.transpose(2, 5, 3, 6, 1, 0, 4, 7)
 
 
 def cut_patches(frames: np.ndarray, size: tuple[int, int], settings: Any) -> tuple[np.ndarray, tuple[int, int]]:
@@ -318,21 +354,22 @@ def cut_patches(frames: np.ndarray, size: tuple[int, int], settings: Any) -> tup
     """
     patch, merge = settings.patch_size, settings.merge_size
     side = patch * merge
-    (count, height, width, channels), (target_height, target_width) = frames.shape, size
-    padded_height, padded_width = bucket(height, 8), bucket(width, 8)
-    padded = np.zeros((count, padded_height, padded_width, channels), np.uint8)
+    count, height, width, channels = frames.shape
+    same = (height, width) == size
+    # Frames that stay as they are go in at the size of the target's bucket, others at that of the source.
+    padded_shape = (bucket(height, side if same else 8), bucket(width, side if same else 8))
+    padded = np.zeros((count, *padded_shape, channels), np.uint8)
     padded[:, :height, :width] = frames
     blocks = _resize_and_cut(
         padded,
-        bicubic_matrix(height, target_height, padded_height, bucket(target_height, side)),
-        bicubic_matrix(width, target_width, padded_width, bucket(target_width, side)),
+        None if same else (bicubic_windows(height, size[0], side), bicubic_windows(width, size[1], side)),
         np.asarray(settings.mean, np.float32) / np.float32(settings.rescale_factor),
         np.asarray(settings.std, np.float32) / np.float32(settings.rescale_factor),
         patch_size=patch,
         merge_size=merge,
     )
-    blocks = np.asarray(blocks)[: target_height // side, : target_width // side]
+    blocks = np.asarray(blocks)[: size[0] // side, : size[1] // side]
     if count == 1:
         blocks = np.broadcast_to(blocks, (*blocks.shape[:5], settings.temporal_patch_size, *blocks.shape[6:]))
-    grid = (target_height // patch, target_width // patch)
+    grid = (size[0] // patch, size[1] // patch)
     return np.ascontiguousarray(blocks).reshape(grid[0] * grid[1], -1), grid
