@@ -1,0 +1,257 @@
+"""Supervised fine-tuning: one stage, in process (`train`) or from the command line (`main`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+
+from mindjax.config import ModelConfig
+from mindjax.data.loader import Loader, RenderedSamples, digest, fingerprint
+from mindjax.data.packing import BatchShape, Plan, pack, plan, size_of
+from mindjax.data.render import Rendered
+from mindjax.losses.sft import sft_loss
+from mindjax.models import qwen3_vl
+from mindjax.train.loop import TrainResult, fit
+from mindjax.train.optimizer import OptimizerConfig
+from mindjax.train.state import TrainState
+from mindjax.train.step import Terms, eval_step, router_term, train_step
+from mindjax.types import Batch, LossOutput, Sample
+from sharding.remat import Remat
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """One stage of supervised fine-tuning.
+
+    Attributes:
+      epochs, steps: how long; exactly one.
+      rows, length: of a packed micro-batch; length 0 is the bucket of the longest sample. Stages with the same
+        shape share a compiled step.
+      vision_rows, vision_length: patch rows of a micro-batch; 0 chooses them from the data.
+      micro_batches: accumulated into one update, exactly.
+      average: see `sft_loss`.
+      optimizer: see `OptimizerConfig`.
+      remat: what a block keeps for its backward pass, see `sharding.remat`.
+      dtype: of the computation; parameters and optimizer stay float32.
+      seed: of the order of the data.
+      drop_too_long: leave out samples that fit no row (reported), instead of refusing them.
+      checkpoint_every: steps; 0 saves at the end alone.
+      keep_checkpoints: how many stay.
+      evaluate_every: steps between held-out losses; 0 computes one at the end alone.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    rows: int = 8
+    length: int = 0
+    vision_rows: int = 0
+    vision_length: int = 0
+    micro_batches: int = 1
+    average: Literal["token", "sample"] = "token"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    remat: Remat = "none"
+    dtype: str = "float32"
+    seed: int = 0
+    drop_too_long: bool = False
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    evaluate_every: int = 0
+
+
+# What may change when a run is resumed; all else is part of its identity.
+FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "remat")
+
+
+@dataclass(frozen=True)
+class SFTLoss:
+    """Packed batch to loss terms; equal ones share a compiled step."""
+
+    model: ModelConfig
+    average: Literal["token", "sample"]
+    remat: Remat
+
+    def __call__(self, params: Params, batch: Batch) -> Terms:
+        out = qwen3_vl.token_logprobs(params, self.model, batch, remat=self.remat)
+        loss = sft_loss(out.logp, batch.loss_mask, segment_ids=batch.segment_ids, average=self.average)
+        targets = batch.loss_mask.sum()
+        metrics = {
+            "nll": (loss.sum, loss.count),
+            "entropy": ((jax.lax.stop_gradient(out.entropy) * batch.loss_mask).sum(), targets),
+        }
+        main = LossOutput(loss.sum, loss.count, metrics)
+        return (main,) if out.router is None else (main, router_term(out.router, self.model))
+
+
+def choose_shape(config: SFTConfig, model: ModelConfig, samples: Sequence[Rendered]) -> BatchShape:
+    """The batch shape of a stage; give the samples of all stages for one shape, and one compiled step, for all."""
+    sizes = [size_of(rendered) for rendered in samples]
+    shape = BatchShape.for_sizes(sizes, config.rows, model.vision, length=config.length)
+    return replace(
+        shape,
+        vision_rows=config.vision_rows or shape.vision_rows,
+        vision_length=config.vision_length or shape.vision_length,
+    )
+
+
+def train(
+    config: SFTConfig,
+    model: ModelConfig,
+    params: Params,
+    samples: Sequence[Rendered],
+    workdir: str | Path,
+    *,
+    name: str = "sft",
+    shape: BatchShape | None = None,
+    difficulty: Sequence[float] | None = None,
+    repeats: Sequence[float] | None = None,
+    held_out: Sequence[Rendered] = (),
+) -> TrainResult:
+    """Runs a stage to its end, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      config: see `SFTConfig`.
+      model: shapes of the model.
+      params: where the stage starts; they stay valid.
+      samples: rendered conversations, e.g. `RenderedSamples(samples, processor)`.
+      workdir: for metrics, checkpoints and TensorBoard.
+      name: first in the progress line.
+      shape: of a micro-batch; None chooses it from the configuration and the samples.
+      difficulty: per sample; inside an epoch they come in rising order.
+      repeats: mean occurrences of each sample per epoch, see `epoch_order`.
+      held_out: conversations whose loss is measured, `held_out_nll`.
+
+    Raises:
+      ValueError: samples that fit no row, a checkpoint of another configuration.
+      NotFiniteError: loss or gradient is not finite.
+      Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
+    """
+    workdir = Path(workdir)
+    shape = shape or choose_shape(config, model, [*samples, *held_out])
+    loader = _loader(config, samples, shape, difficulty, repeats)
+    if loader.dropped:
+        print(f"{name}: left out {len(loader.dropped)} of {len(samples)} samples that fit no row of {shape}")
+    loss = SFTLoss(model, config.average, config.remat)
+    step = train_step(loss, config.optimizer, config.dtype)
+    identity = {
+        "sft": {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE},
+        "model": asdict(model),
+        "shape": asdict(shape),
+        "data": {"samples": fingerprint(samples), "difficulty": digest(difficulty), "repeats": digest(repeats)},
+    }
+    return fit(
+        step,
+        TrainState.create(params, config.optimizer, jax.random.key(config.seed)),
+        loader,
+        name=name,
+        optimizer=config.optimizer,
+        workdir=workdir,
+        identity=identity,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep_checkpoints,
+        evaluate=_held_out(config, loss, held_out, shape) if held_out else None,
+        evaluate_every=config.evaluate_every,
+    )
+
+
+def _loader(
+    config: SFTConfig,
+    samples: Sequence[Rendered],
+    shape: BatchShape,
+    difficulty: Sequence[float] | None,
+    repeats: Sequence[float] | None,
+) -> Loader:
+    sizes = [size_of(rendered) for rendered in samples]
+
+    def plan_epoch(epoch: int) -> Plan:
+        return plan(
+            sizes,
+            shape,
+            seed=config.seed,
+            epoch=epoch,
+            difficulty=difficulty,
+            repeats=repeats,
+            drop_too_long=config.drop_too_long,
+        )
+
+    return Loader(
+        plan_epoch,
+        lambda rows: pack([[samples[i] for i in row] for row in rows], shape),
+        sizes,
+        micro_batches=config.micro_batches,
+        epochs=config.epochs,
+        steps=config.steps,
+    )
+
+
+def _held_out(
+    config: SFTConfig, loss: SFTLoss, samples: Sequence[Rendered], shape: BatchShape
+) -> Callable[[Params], dict[str, float]]:
+    """A function that measures the mean loss on held-out samples."""
+    loader = _loader(replace(config, epochs=1, steps=None, micro_batches=1), samples, shape, None, None)
+    step = eval_step(loss, config.dtype)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        pairs = [step(params, batch)["nll"] for batch, _ in loader.iterate()]
+        total, count = (sum(map(float, values)) for values in zip(*pairs, strict=True))
+        return {"held_out_nll": total / max(count, 1.0)}
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class SFTRun:
+    """What `experiments/sft.py` sets.
+
+    Attributes:
+      model: a model folder, or a name of the catalog (random weights, unless the name is a folder).
+      data: a JSONL file, one conversation per line, see `read_samples`.
+      held_out: the same, for the loss that is only measured; "" measures none.
+      processor: a folder with tokenizer and pixel settings; "" means the model folder.
+      train: see `SFTConfig`.
+    """
+
+    model: str
+    data: str
+    train: SFTConfig
+    held_out: str = ""
+    processor: str = ""
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Fine-tunes a model folder on a JSONL file and writes the result to `<workdir>/model`."""
+    from mindjax.data.processor import Processor
+    from mindjax.experiment import to_dataclass
+    from mindjax.models import catalog, hf_weights
+
+    run = to_dataclass(SFTRun, {key: value for key, value in config.items() if key != "kind"})
+    processor = Processor.from_pretrained(run.processor or run.model)
+    samples = read_samples(run.data)
+    held_out = RenderedSamples(read_samples(run.held_out), processor) if run.held_out else ()
+    model, params = catalog.load(run.model, dtype="float32")
+    result = train(run.train, model, params, RenderedSamples(samples, processor), workdir, held_out=held_out)
+    hf_weights.save(workdir / "model", model, result.params)
+    processor.save_pretrained(workdir / "model")
+    print(f"{result.steps} steps; the model is in {workdir / 'model'}")
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Reads conversations, one JSON object per line.
+
+    A line is {"messages": [...]} in the HF chat format, e.g. {"role": "user", "content": [{"type": "image", "image":
+    "cat.png"}, {"type": "text", "text": "What is this?"}]}; optionally "id" (its line number otherwise), "task", and
+    "rejected", the worse reply of a preference pair. Relative image and video paths start at the file's folder.
+
+    Raises:
+      ValueError: a line that is no such object; the message tells which.
+    """

@@ -1,0 +1,1 @@
+"""What every training loop shares: state, step, optimizer, checkpoints, metrics, and the loop around them."""
