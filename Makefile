@@ -41,7 +41,7 @@ bench: setup
 	$(MINDJAX) bench
 
 notebook: setup
-	$(PYTHON_BIN) -m pytest -q tests/test_notebooks.py
+	.venv/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

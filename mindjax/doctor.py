@@ -122,14 +122,33 @@ def requirements() -> list[Requirement]:
         ]
         if not needed_by:
             continue  # for another platform
-        try:
-            installed = metadata.version(parsed.name)
-            problem = "" if parsed.specifier.contains(installed, prereleases=True) else f"{installed} does not fit"
-        except metadata.PackageNotFoundError:
-            installed, problem = None, "missing"
-        found.append(Requirement(parsed.name, str(parsed.specifier), needed_by[0], installed, problem))
+        # `jax[cuda12]` is there when what its own extra brings is.
+        for name, specifier in _brought_by(parsed) if parsed.extras else [(parsed.name, parsed.specifier)]:
+            try:
+                installed = metadata.version(name)
+                problem = "" if specifier.contains(installed, prereleases=True) else f"{installed} does not fit"
+            except metadata.PackageNotFoundError:
+                installed, problem = None, "missing"
+            found.append(Requirement(name, str(specifier), needed_by[0], installed, problem))
     order = ["", *USE_OF_EXTRA]
     return sorted(found, key=lambda each: order.index(each.extra) if each.extra in order else len(order))
+
+
+def _brought_by(parsed: Any) -> list[tuple[str, Any]]:
+    """(name, specifier) of what the extras of a requirement add to the distribution itself."""
+    from packaging.requirements import Requirement as Parsed
+
+    try:
+        inner = [Parsed(text) for text in metadata.requires(parsed.name) or []]
+    except metadata.PackageNotFoundError:
+        return [(parsed.name, parsed.specifier)]
+    added = [
+        (each.name, each.specifier)
+        for each in inner
+        if each.marker and any(each.marker.evaluate({"extra": extra}) for extra in parsed.extras)
+        if not each.marker.evaluate({"extra": ""})
+    ]
+    return added or [(parsed.name, parsed.specifier)]
 
 
 def _check_import(requirement: Requirement) -> Requirement:

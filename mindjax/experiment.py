@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 T = TypeVar("T")
+Group = Mapping[str, Any] | ConfigDict  # a ConfigDict is no Mapping
 
 
 def load_experiment(path_with_size: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -94,7 +95,7 @@ def apply_override(config: ConfigDict, override: str) -> None:
         node[leaf] = value
 
 
-def to_dataclass(cls: type[T], config: Mapping[str, Any]) -> T:
+def to_dataclass(cls: type[T], config: Group) -> T:
     """Builds the (nested, frozen) dataclass `cls` from a config, every key of which has to be a field.
 
     A field may be a dataclass, `bool`, `int`, `float`, `str`, `Path`, `Literal`, `tuple`, `dict` or `Optional` of
@@ -106,7 +107,7 @@ def to_dataclass(cls: type[T], config: Mapping[str, Any]) -> T:
     return _build(cls, config, prefix="")
 
 
-def _build(cls: type[T], config: Mapping[str, Any], prefix: str) -> T:
+def _build(cls: type[T], config: Group, prefix: str) -> T:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in config:
@@ -148,14 +149,14 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
             return value
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping | ConfigDict):
             return _build(hint, value, prefix=f"{key}.")
     elif origin is tuple and isinstance(value, tuple | list):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value))
         if len(value) == len(arguments):
             return tuple(_convert(item, arguments[i], f"{key}[{i}]") for i, item in enumerate(value))
-    elif (origin is dict or origin is Mapping) and isinstance(value, Mapping):
+    elif (origin is dict or origin is Mapping) and isinstance(value, Mapping | ConfigDict):
         return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)

@@ -65,7 +65,7 @@ def declare_ops(origin: str) -> None:
 def activate() -> None:
     """Puts the finder in front, once."""
     if not any(getattr(finder, "__name__", "") == TorchvisionFinder.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, TorchvisionFinder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, TorchvisionFinder)
 
 
 def install() -> str:
