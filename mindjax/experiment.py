@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 T = TypeVar("T")
-Group = Mapping[str, Any] | ConfigDict  # a ConfigDict is no Mapping
 
 
 def load_experiment(path_with_size: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -95,8 +94,8 @@ def apply_override(config: ConfigDict, override: str) -> None:
         node[leaf] = value
 
 
-def to_dataclass(cls: type[T], config: Group) -> T:
-    """Builds the (nested, frozen) dataclass `cls` from a config, every key of which has to be a field.
+def to_dataclass(cls: type[T], config: Any) -> T:
+    """Builds the (nested, frozen) dataclass `cls` from a `ConfigDict` or a mapping, whose keys all have to be fields.
 
     A field may be a dataclass, `bool`, `int`, `float`, `str`, `Path`, `Literal`, `tuple`, `dict` or `Optional` of
     these. An `int` is accepted for a `float`, a list for a tuple, nothing else is converted.
@@ -107,7 +106,7 @@ def to_dataclass(cls: type[T], config: Group) -> T:
     return _build(cls, config, prefix="")
 
 
-def _build(cls: type[T], config: Group, prefix: str) -> T:
+def _build(cls: type[T], config: Any, prefix: str) -> T:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in config:
