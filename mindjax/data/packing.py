@@ -365,6 +365,7 @@ def collate_prompts(
     vision_rows: int | None = None,
     vision_length: int | None = None,
     merge_size: int = 2,
+    patch_dim: int | None = None,
 ) -> Batch:
     """One prompt per row, right-padded, for the sampler; `loss_mask` is that of the prompts.
 
@@ -377,14 +378,19 @@ def collate_prompts(
         raise ValueError("there are no prompts to collate")
     frames = {id(patches): patches for prompt in prompts for patches, _ in prompt.frames}
     lengths = [len(patches) for patches in frames.values()]
-    patch_dim = next(iter(frames.values())).shape[1] if frames else 1
+    if frames:
+        patch_dim = next(iter(frames.values())).shape[1]
+    elif vision_rows and not patch_dim:
+        raise ValueError("text alone does not tell the size of a patch: give patch_dim beside vision_rows")
     rows = rows or len(prompts)
     length = length or bucket(max(len(prompt.tokens) for prompt in prompts))
     if vision_length is None:
         vision_length = bucket(max(lengths), 4 * merge_size**2) if lengths else 0
     if vision_rows is None:
-        needed = BatchShape(rows, length, len(lengths), vision_length, patch_dim, merge_size) if lengths else None
-        places = _place_frames(lengths, needed) if needed else []
-        assert places is not None, "one row per frame always suffices"
+        roomy = BatchShape(rows, length, len(lengths), vision_length if lengths else 0, merge_size=merge_size)
+        places = _place_frames(lengths, roomy)
+        if places is None:
+            raise ValueError(f"an image of {max(lengths)} patches does not fit a row of {vision_length}")
         vision_rows = bucket(max(row for row, _ in places) + 1, 1) if places else 0
-    return pack([[prompt] for prompt in prompts], BatchShape(rows, length, vision_rows, vision_length, patch_dim, merge_size))
+    shape = BatchShape(rows, length, vision_rows, vision_length if vision_rows else 0, patch_dim or 1, merge_size)
+    return pack([[prompt] for prompt in prompts], shape)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import numpy as np
 
 from mindjax.config import ModelConfig
 from mindjax.data.loader import Loader, RenderedSamples, digest, fingerprint
 from mindjax.data.packing import BatchShape, Plan, pack, plan, size_of
 from mindjax.data.render import Rendered
+from mindjax.data.samples import DataConfig
+from mindjax.experiment import to_dataclass
 from mindjax.losses.sft import sft_loss
-from mindjax.models import qwen3_vl
+from mindjax.models import hf_weights, qwen3_vl
+from mindjax.train.folder import open_model
 from mindjax.train.loop import TrainResult, fit
 from mindjax.train.optimizer import OptimizerConfig
 from mindjax.train.state import TrainState
 from mindjax.train.step import Terms, eval_step, router_term, train_step
-from mindjax.types import Batch, LossOutput, Sample
+from mindjax.types import Batch, LossOutput
 from sharding.remat import Remat
 
 if TYPE_CHECKING:
@@ -211,47 +212,30 @@ def _held_out(
 
 @dataclass(frozen=True)
 class SFTRun:
-    """What `experiments/sft.py` sets.
+    """What an experiment of kind "sft" sets.
 
     Attributes:
-      model: a model folder, or a name of the catalog (random weights, unless the name is a folder).
-      data: a JSONL file, one conversation per line, see `read_samples`.
-      held_out: the same, for the loss that is only measured; "" measures none.
-      processor: a folder with tokenizer and pixel settings; "" means the model folder.
+      model: a model folder, or a catalog name for random weights.
       train: see `SFTConfig`.
+      data: what to learn from.
+      held_out: what the loss is only measured on; None measures nothing.
+      max_pixels: of an image; 0 leaves the processor's own limit. A model without a folder needs one.
     """
 
     model: str
-    data: str
     train: SFTConfig
-    held_out: str = ""
-    processor: str = ""
+    data: DataConfig
+    held_out: DataConfig | None = None
+    max_pixels: int = 0
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Fine-tunes a model folder on a JSONL file and writes the result to `<workdir>/model`."""
-    from mindjax.data.processor import Processor
-    from mindjax.experiment import to_dataclass
-    from mindjax.models import catalog, hf_weights
-
+    """Fine-tunes a model on conversations and writes the result, an HF folder, to `<workdir>/model`."""
     run = to_dataclass(SFTRun, {key: value for key, value in config.items() if key != "kind"})
-    processor = Processor.from_pretrained(run.processor or run.model)
-    samples = read_samples(run.data)
-    held_out = RenderedSamples(read_samples(run.held_out), processor) if run.held_out else ()
-    model, params = catalog.load(run.model, dtype="float32")
+    samples = run.data.load()
+    model, params, processor = open_model(run.model, samples, run.max_pixels)
+    held_out = RenderedSamples(run.held_out.load(), processor) if run.held_out else ()
     result = train(run.train, model, params, RenderedSamples(samples, processor), workdir, held_out=held_out)
     hf_weights.save(workdir / "model", model, result.params)
     processor.save_pretrained(workdir / "model")
     print(f"{result.steps} steps; the model is in {workdir / 'model'}")
-
-
-def read_samples(path: str | Path) -> list[Sample]:
-    """Reads conversations, one JSON object per line.
-
-    A line is {"messages": [...]} in the HF chat format, e.g. {"role": "user", "content": [{"type": "image", "image":
-    "cat.png"}, {"type": "text", "text": "What is this?"}]}; optionally "id" (its line number otherwise), "task", and
-    "rejected", the worse reply of a preference pair. Relative image and video paths start at the file's folder.
-
-    Raises:
-      ValueError: a line that is no such object; the message tells which.
-    """
