@@ -297,12 +297,14 @@ def bicubic_windows(source: int, target: int, block: int) -> tuple[np.ndarray, n
 
 
 def bucket(size: int, multiple: int) -> int:
-    """The smallest bucket that holds `size`: powers of sqrt(2), rounded up to `multiple`.
+    """The smallest bucket that holds `size`: a power of 2 up to 512, of sqrt(2) above, rounded up to `multiple`.
 
-    Steps of sqrt(2) keep the number of compiled shapes logarithmic in the size, at under 42 % padding a side.
+    The number of compiled shapes grows with the logarithm of the sizes; small images, of which padding costs little,
+    share the coarser steps.
     """
-    power = math.ceil(2 * math.log2(max(size, 32)) - 1e-9)
-    return math.ceil(math.ceil(2 ** (power / 2)) / multiple) * multiple
+    steps = 1 if size <= 512 else 2
+    power = math.ceil(steps * math.log2(max(size, 32)) - 1e-9) / steps
+    return math.ceil(math.ceil(2**power) / multiple) * multiple
 
 
 def _filter_axis(x: jax.Array, axis: int, starts_N: jax.Array, weights_NBS: jax.Array) -> jax.Array:
