@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mindjax.ops.bits import from_bits, to_bits
 from mindjax.ops.matmul import contract, contract_rows
 
 Array = jax.Array
@@ -126,30 +127,32 @@ def _gmm_loop(lhs: Array, rhs: Array, group_sizes: Array, *, transposed: bool) -
     columns = rhs.shape[1] if transposed else rhs.shape[2]
     tile = _tile_rows(rows, groups)
     starts, ends, order, occupied = _nonempty_groups(group_sizes)
-    lhs = jnp.pad(lhs, ((0, tile), (0, 0)))
+    dtype = lhs.dtype
+    lhs, rhs = to_bits(jnp.pad(lhs, ((0, tile), (0, 0)))), to_bits(rhs)
 
     def one_group(i: Array, out: Array) -> Array:
         group = order[i]
-        matrix = lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+        matrix = from_bits(lax.dynamic_index_in_dim(rhs, group, keepdims=False), dtype)
 
         def one_tile(j: Array, out: Array) -> Array:
             first = starts[group] + j * tile
-            block = lax.dynamic_slice_in_dim(lhs, first, tile)
-            product = contract(block, matrix, (1,), (1 if transposed else 0,)).astype(out.dtype)
+            block = from_bits(lax.dynamic_slice_in_dim(lhs, first, tile), dtype)
+            product = contract(block, matrix, (1,), (1 if transposed else 0,)).astype(dtype)
             # Surplus rows of a group's last tile are the next group's, which overwrites them.
-            return lax.dynamic_update_slice_in_dim(out, product, first, axis=0)
+            return lax.dynamic_update_slice_in_dim(out, to_bits(product), first, axis=0)
 
         return lax.fori_loop(0, -(-group_sizes[group] // tile), one_tile, out)
 
-    out = lax.fori_loop(0, occupied, one_group, jnp.zeros((rows + tile, columns), lhs.dtype))[:rows]
-    return _zero_past(out, ends[-1])
+    out = lax.fori_loop(0, occupied, one_group, to_bits(jnp.zeros((rows + tile, columns), dtype)))[:rows]
+    return _zero_past(from_bits(out, dtype), ends[-1])
 
 
 def _tgmm_loop(lhs: Array, g: Array, group_sizes: Array) -> Array:
     rows, groups = lhs.shape[0], group_sizes.shape[0]
-    tile = 2 * _tile_rows(rows, groups)
+    tile = _tile_rows(rows, groups)
     starts, ends, order, occupied = _nonempty_groups(group_sizes)
-    lhs, g = (jnp.pad(a, ((0, tile), (0, 0))) for a in (lhs, g))
+    dtype = lhs.dtype
+    sides = [to_bits(jnp.pad(a, ((0, tile), (0, 0)))) for a in (lhs, g)]
 
     def one_group(i: Array, out: Array) -> Array:
         group = order[i]
@@ -158,15 +161,15 @@ def _tgmm_loop(lhs: Array, g: Array, group_sizes: Array) -> Array:
             first = starts[group] + j * tile
             inside = (first + jnp.arange(tile) < ends[group])[:, None]
             # Both sides: zero times NaN is NaN.
-            blocks = [jnp.where(inside, lax.dynamic_slice_in_dim(a, first, tile), 0) for a in (lhs, g)]
-            return total + contract_rows(*blocks)
+            blocks = (jnp.where(inside, lax.dynamic_slice_in_dim(a, first, tile), jnp.zeros((), a.dtype)) for a in sides)
+            return total + contract_rows(*(from_bits(block, dtype) for block in blocks))
 
         total = jnp.zeros((lhs.shape[1], g.shape[1]), jnp.float32)
         total = lax.fori_loop(0, -(-group_sizes[group] // tile), one_tile, total)
-        return lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), group, axis=0)
+        return lax.dynamic_update_index_in_dim(out, to_bits(total.astype(dtype)), group, axis=0)
 
-    out = jnp.zeros((groups, lhs.shape[1], g.shape[1]), lhs.dtype)
-    return lax.fori_loop(0, occupied, one_group, out)
+    out = to_bits(jnp.zeros((groups, lhs.shape[1], g.shape[1]), dtype))
+    return from_bits(lax.fori_loop(0, occupied, one_group, out), dtype)
 
 
 def _zero_past(array: Array, end: Array) -> Array:
