@@ -17,8 +17,8 @@ import numpy as np
 from mindjax.config import ModelConfig
 from mindjax.data.packing import BatchShape, SampleSize, bucket, pack, size_of
 from mindjax.inference.cache import Generated, Prefix, decode_attention
-from mindjax.models.qwen3_vl import Params, decoder_layer, forward, logits
 from mindjax.models.norm import rms_norm
+from mindjax.models.qwen3_vl import Params, decoder_layer, forward, logits
 from mindjax.models.rope import text_rope
 from mindjax.types import Batch, Completion
 
@@ -307,8 +307,11 @@ def _decode(
     final = jax.lax.while_loop(unfinished, advance, first)
     by_prompt = partial(jnp.reshape, shape=(prompts, samples, -1))
     stopped = final.done & exists
-    return by_prompt(final.tokens), by_prompt(final.logprobs), final.lengths.reshape(prompts, samples), stopped.reshape(
-        prompts, samples
+    return (
+        by_prompt(final.tokens),
+        by_prompt(final.logprobs),
+        final.lengths.reshape(prompts, samples),
+        stopped.reshape(prompts, samples),
     )
 
 
@@ -353,9 +356,7 @@ def _decode_step(
     return rms_norm(params["text"]["norm"], x[:, 0], config.text.rms_norm_eps), generated
 
 
-def _sample(
-    scores: Array, keys: Array, step: Array, controls: _Controls, config: ModelConfig
-) -> tuple[Array, Array]:
+def _sample(scores: Array, keys: Array, step: Array, controls: _Controls, config: ModelConfig) -> tuple[Array, Array]:
     """Draws a token per row from float32 scores [R, V]: (tokens [R], their log-probabilities [R])."""
     greedy = controls.temperature <= 0
     scores = scores / jnp.where(greedy, jnp.float32(1), controls.temperature)

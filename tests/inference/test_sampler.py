@@ -1,0 +1,292 @@
+"""The sampler against transformers' generate, against the training forward, and against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mindjax.config import ModelConfig
+from mindjax.data.packing import collate_prompts, size_of
+from mindjax.data.render import Rendered, append_completion
+from mindjax.inference import sampler
+from mindjax.inference.sampler import SamplingConfig, generate, prompt_shape, sampling_keys
+from mindjax.models import hf_weights, qwen3_vl
+from mindjax.types import Completion
+from tests.inference.prompts import random_prompt
+from tests.parity.reference import DENSE, MOE, transformers_model
+
+# Different lengths, images first, last, several and none: one batch.
+PIECES: list[list[Any]] = [
+    [5, ("image", 4, 8), 6],
+    [("image", 2, 2), 3],
+    [17],
+    [2, ("image", 4, 4), ("image", 6, 2), 4],
+]
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """(transformers model, config, parameters, prompts)."""
+    # Untied: a random tied model repeats its last token for ever.
+    config = DENSE if request.param == "dense" else replace(MOE, tie_word_embeddings=False)
+    folder = tmp_path_factory.mktemp(request.param)
+    model = transformers_model(config, folder)
+    layout = "transformers" if config.text.num_experts else None
+    params = hf_weights.load(folder, config, dtype=jnp.float32, layout=layout)
+    rng = np.random.default_rng(0)
+    return model, config, params, [random_prompt(config, pieces, rng) for pieces in PIECES]
+
+
+def pictures(config: ModelConfig) -> list[int]:
+    return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+
+
+def test_greedy_tokens_equal_transformers(setting: tuple[Any, ...]) -> None:
+    """64 tokens, four prompts in one batch; their padding is on the left, ours on the right."""
+    model, config, params, prompts = setting
+    sampling = SamplingConfig(max_new_tokens=64, temperature=0.0)
+    ours = generate(params, config, prompts, sampling=sampling)
+    theirs = transformers_greedy(model, config, prompts, 64)
+    for row, (completion,) in enumerate(ours):
+        assert list(completion.token_ids) == theirs[row]
+        assert len(set(theirs[row])) > 8
+        assert completion.finish_reason == "length"
+
+
+def transformers_greedy(model: Any, config: ModelConfig, prompts: list[Rendered], count: int) -> list[list[int]]:
+    length = max(len(prompt.tokens) for prompt in prompts)
+    pad = [length - len(prompt.tokens) for prompt in prompts]
+    frames = [frame for prompt in prompts for frame in prompt.frames]
+    inputs = {
+        "input_ids": torch.tensor(np.array([[0] * n + p.tokens.tolist() for n, p in zip(pad, prompts, strict=True)])),
+        "attention_mask": torch.tensor([[0] * n + [1] * (length - n) for n in pad]),
+        "mm_token_type_ids": torch.tensor(
+            [[0] * n + p.modality.tolist() for n, p in zip(pad, prompts, strict=True)], dtype=torch.int32
+        ),
+        "pixel_values": torch.tensor(np.concatenate([patches for patches, _ in frames])),
+        "image_grid_thw": torch.tensor([[1, *grid] for _, grid in frames]),
+    }
+    out = model.generate(
+        **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
+        suppress_tokens=pictures(config),
+    )  # fmt: skip
+    return out[:, length:].tolist()
+
+
+@partial(jax.jit, static_argnums=1)
+def trainer_logprobs(params: Any, config: ModelConfig, batch: Any, temperature: Any) -> jax.Array:
+    return qwen3_vl.token_logprobs(params, config, batch, temperature=temperature).logp
+
+
+def check_against_trainer(
+    params: Any, config: ModelConfig, prompts: list[Rendered], answers: list[Completion], temperature: float
+) -> None:
+    """The log-probabilities of sampling are those of the training forward on the whole sequence."""
+    full = [append_completion(prompt, answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
+    logp = np.asarray(trainer_logprobs(params, config, collate_prompts(full), np.float32(temperature)))
+    for row, (sequence, answer) in enumerate(zip(full, answers, strict=True)):
+        theirs = logp[row, len(sequence.tokens) - len(answer.token_ids) : len(sequence.tokens)]
+        np.testing.assert_allclose(answer.logprobs, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.5, 0.0])
+def test_logprobs_are_those_of_the_trainer(setting: tuple[Any, ...], temperature: float) -> None:
+    _, config, params, prompts = setting
+    sampling = SamplingConfig(max_new_tokens=30, temperature=temperature, num_samples=3)
+    answers = generate(params, config, prompts, sampling=sampling, keys=sampling_keys(0, 0, range(4), 3))
+    for sample in range(3):
+        check_against_trainer(params, config, prompts, [row[sample] for row in answers], temperature or 1.0)
+    tokens = [answer.token_ids for row in answers for answer in row]
+    assert len(set(tokens)) == (12 if temperature else 4)
+
+
+def test_rows_do_not_depend_on_their_batch(setting: tuple[Any, ...]) -> None:
+    """A prompt alone, with others, in another place, in smaller device batches: the same tokens."""
+    _, config, params, prompts = setting
+    sampling = SamplingConfig(max_new_tokens=24, num_samples=2)
+    numbers = [7, 3, 11, 5]
+    together = generate(params, config, prompts, sampling=sampling, keys=sampling_keys(1, 2, numbers, 2))
+    for order in ([3], [2, 0], [1, 3, 0]):
+        some = generate(
+            params, config, [prompts[i] for i in order], sampling=sampling, max_rows=2,
+            keys=sampling_keys(1, 2, [numbers[i] for i in order], 2),
+        )  # fmt: skip
+        assert [[c.token_ids for c in row] for row in some] == [[c.token_ids for c in together[i]] for i in order]
+    # More samples of a prompt leave the first ones as they are.
+    more = SamplingConfig(max_new_tokens=24, num_samples=3)
+    third = generate(params, config, prompts[:1], sampling=more, keys=sampling_keys(1, 2, numbers[:1], 3))[0]
+    assert [c.token_ids for c in third[:2]] == [c.token_ids for c in together[0]]
+
+
+def test_keys_repeat_by_seed_and_differ_otherwise() -> None:
+    def bits(*args: Any) -> set[bytes]:
+        data = np.asarray(jax.random.key_data(sampling_keys(*args)))
+        return {row.tobytes() for row in data.reshape(-1, 2)}
+
+    base = bits(0, 0, [1, 2, 3], 4)
+    assert len(base) == 12 and base == bits(0, 0, [3, 2, 1], 4)
+    assert not base & bits(1, 0, [1, 2, 3], 4) and not base & bits(0, 1, [1, 2, 3], 4)
+    assert not base & bits(0, 0, [4, 5], 4)
+
+
+def test_stop_tokens_end_rows_early_and_alone(setting: tuple[Any, ...]) -> None:
+    _, config, params, prompts = setting
+    free = generate(params, config, prompts, sampling=SamplingConfig(max_new_tokens=20, temperature=0.0))
+    stops = (free[0][0].token_ids[4], free[2][0].token_ids[9])
+    sampling = SamplingConfig(max_new_tokens=20, temperature=0.0, stop_token_ids=stops)
+    for (whole,), (cut,) in zip(free, generate(params, config, prompts, sampling=sampling), strict=True):
+        first = next((i for i, token in enumerate(whole.token_ids) if token in stops), None)
+        expected = whole.token_ids if first is None else whole.token_ids[: first + 1]
+        assert cut.token_ids == expected
+        assert cut.finish_reason == ("length" if first is None else "stop")
+        np.testing.assert_allclose(cut.logprobs, whole.logprobs[: len(expected)], rtol=0, atol=1e-5)
+    ignoring = SamplingConfig(max_new_tokens=20, temperature=0.0, stop_token_ids=stops, ignore_eos=True)
+    assert generate(params, config, prompts, sampling=ignoring) == free
+
+
+def test_loop_ends_when_every_row_has(setting: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are counted inside the compiled loop: a stop token at step 3 of 512 leaves the rest undone."""
+    _, config, params, prompts = setting
+    steps: list[int] = []
+    step = sampler._decode_step
+
+    def counting(*args: Any) -> Any:
+        jax.debug.callback(lambda index: steps.append(int(index)), args[-1])
+        return step(*args)
+
+    monkeypatch.setattr(sampler, "_decode_step", counting)
+    sampler._decode.clear_cache()
+    free = generate(params, config, prompts[:1], sampling=SamplingConfig(max_new_tokens=8, temperature=0.0))
+    jax.effects_barrier()
+    assert sorted(steps) == list(range(7)), "the first token comes from the prefill"
+    steps.clear()
+    stop = free[0][0].token_ids[2]
+    first = free[0][0].token_ids.index(stop)
+    sampling = SamplingConfig(max_new_tokens=512, temperature=0.0, stop_token_ids=(stop,))
+    generate(params, config, prompts[:1], sampling=sampling)
+    jax.effects_barrier()
+    assert sorted(steps) == list(range(first))
+    sampler._decode.clear_cache()
+
+
+def test_picture_tokens_are_never_drawn(setting: tuple[Any, ...]) -> None:
+    """Nor when the model is nearly sure of one."""
+    _, config, params, prompts = setting
+    banned = pictures(config)
+    loud = jax.tree.map(lambda leaf: leaf, params)
+    name = "head" if "head" in loud["text"] else "embed"
+    scale = jnp.ones(config.text.vocab_size).at[jnp.asarray(banned)].set(30.0)
+    loud["text"] = {**loud["text"], name: loud["text"][name] * (scale if name == "head" else scale[:, None])}
+    for temperature in (0.0, 1.0):
+        sampling = SamplingConfig(max_new_tokens=16, temperature=temperature, num_samples=4)
+        answers = generate(loud, config, prompts, sampling=sampling, keys=sampling_keys(0, 0, range(4), 4))
+        drawn = {token for row in answers for answer in row for token in answer.token_ids}
+        assert not drawn & set(banned)
+    sequence = append_completion(prompts[0], answers[0][0].token_ids)
+    logp = np.asarray(trainer_logprobs(loud, config, collate_prompts([sequence]), np.float32(1.0)))
+    np.testing.assert_allclose(
+        answers[0][0].logprobs, logp[0, len(prompts[0].tokens) : len(sequence.tokens)], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.6), (5, 0.7), (0, 1e-6), (1, 1.0)])
+def test_top_k_and_top_p_against_their_definition(top_k: int, top_p: float) -> None:
+    config = DENSE
+    rng = np.random.default_rng(1)
+    scores = (2 * rng.normal(size=(1, config.text.vocab_size))).astype(np.float32)
+    draws = 4000
+    sampling = SamplingConfig(temperature=1.3, top_k=top_k, top_p=top_p)
+    keys = sampling_keys(0, 0, range(draws), 1)[:, 0]
+    draw = jax.jit(lambda s, k: sampler._sample(s, k, jnp.int32(0), sampler._Controls.of(sampling), config))
+    tokens, logprobs = map(np.asarray, draw(jnp.repeat(jnp.asarray(scores), draws, axis=0), keys))
+
+    scaled = scores[0].astype(np.float64) / 1.3
+    scaled[pictures(config)] = -np.inf
+    kept: list[int] = []
+    order = np.argsort(-scaled)[: top_k or None]
+    p = np.exp(scaled[order]) / np.exp(scaled[order]).sum()
+    for token, before in zip(order, np.cumsum(p) - p, strict=True):
+        if before < top_p:
+            kept.append(int(token))
+    expected = np.exp(scaled[kept]) / np.exp(scaled[kept]).sum()
+    assert set(tokens.tolist()) <= set(kept)
+    for token, probability in zip(kept, expected, strict=True):
+        share = (tokens == token).mean()
+        assert abs(share - probability) < 5 * np.sqrt(probability * (1 - probability) / draws) + 1e-9
+        np.testing.assert_allclose(logprobs[tokens == token], np.log(probability), rtol=0, atol=1e-5)
+
+
+def test_draws_follow_the_softmax_at_the_temperature() -> None:
+    rng = np.random.default_rng(2)
+    scores = (2 * rng.normal(size=(1, DENSE.text.vocab_size))).astype(np.float32)
+    draws, sampling = 20_000, SamplingConfig(temperature=0.5)
+    keys = sampling_keys(3, 0, range(draws), 1)[:, 0]
+    draw = jax.jit(lambda s, k: sampler._sample(s, k, jnp.int32(9), sampler._Controls.of(sampling), DENSE))
+    tokens, logprobs = map(np.asarray, draw(jnp.repeat(jnp.asarray(scores), draws, axis=0), keys))
+    full = np.exp(scores[0].astype(np.float64) / 0.5)
+    np.testing.assert_allclose(logprobs, np.log(full / full.sum())[tokens], rtol=0, atol=1e-5)
+    full[pictures(DENSE)] = 0
+    expected = full / full.sum()
+    counts = np.bincount(tokens, minlength=len(expected))
+    assert (np.abs(counts / draws - expected) < 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-9).all()
+
+
+@contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Counts what XLA compiles inside the block, the eager operations too."""
+    seen: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_steady_state_compiles_nothing(setting: tuple[Any, ...]) -> None:
+    """Other prompts, lengths, images, temperatures, limits and stop tokens within the buckets."""
+    _, config, params, prompts = setting
+    rng = np.random.default_rng(5)
+    shape = prompt_shape([size_of(prompt) for prompt in prompts], 4, config)
+
+    def call(batch: list[Rendered], step: int, **settings: Any) -> None:
+        sampling = SamplingConfig(num_samples=2, **settings)
+        keys = sampling_keys(0, step, range(len(batch)), 2)
+        generate(params, config, batch, sampling=sampling, keys=keys, shape=shape)
+
+    with compilations() as seen:
+        call(prompts, 0, max_new_tokens=9)
+    assert seen, "the counter must see the first compilations"
+    call(prompts[:3], 0, max_new_tokens=9)  # keys for three prompts
+    with compilations() as seen:
+        call(prompts, 1, max_new_tokens=16, temperature=0.3, top_k=4, stop_token_ids=(1, 2, 3))
+        call([random_prompt(config, [9, ("image", 8, 2), 2], rng) for _ in range(4)], 2, max_new_tokens=12, top_p=0.9)
+        call([random_prompt(config, [30], rng) for _ in range(3)], 3, max_new_tokens=10, temperature=0.0)
+    assert not seen
+
+
+def test_bad_requests_are_refused(setting: tuple[Any, ...]) -> None:
+    _, config, params, prompts = setting
+    with pytest.raises(ValueError, match="needs keys"):
+        generate(params, config, prompts, sampling=SamplingConfig())
+    with pytest.raises(ValueError, match=r"one per prompt and sample, \(4, 2\)"):
+        keys = sampling_keys(0, 0, range(4), 1)
+        generate(params, config, prompts, sampling=SamplingConfig(num_samples=2), keys=keys)
+    with pytest.raises(ValueError, match="top_p must lie"):
+        SamplingConfig(top_p=0.0)
+    with pytest.raises(ValueError, match="at most 8 stop tokens"):
+        SamplingConfig(stop_token_ids=tuple(range(9)))
+    assert generate(params, config, [], sampling=SamplingConfig()) == []
