@@ -110,7 +110,8 @@ class ModelConfig:
         kind = config.get("model_type")
         if kind not in ("qwen3_vl", "qwen3_vl_moe"):
             raise ValueError(f"model_type is {kind!r}; this reads 'qwen3_vl' and 'qwen3_vl_moe' checkpoints")
-        text, vision = config["text_config"], config["vision_config"]
+        text = _Section("text_config", config.get("text_config") or {})
+        vision = _Section("vision_config", config.get("vision_config") or {})
         # Published files spell the rotary settings `rope_scaling` beside `rope_theta`; newer ones `rope_parameters`.
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         unsupported = {
@@ -120,13 +121,16 @@ class ModelConfig:
             "vision hidden_act": vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
             "mlp_only_layers": bool(text.get("mlp_only_layers")),
             "decoder_sparse_step": text.get("decoder_sparse_step", 1) != 1,
+            "quantization_config": bool(config.get("quantization_config")),
         }
         for name, is_unsupported in unsupported.items():
             if is_unsupported:
-                raise ValueError(f"config.json sets {name} to something that Qwen3-VL models do not use: {config}")
+                raise ValueError(f"config.json sets {name} to something that Qwen3-VL models do not use")
         heads, hidden = text["num_attention_heads"], text["hidden_size"]
         head_dim = text.get("head_dim") or hidden // heads
         moe = kind == "qwen3_vl_moe"
+        # transformers 5 writes num_local_experts, published files num_experts.
+        experts = (text.get("num_experts") or text["num_local_experts"]) if moe else 0
         return cls(
             text=TextConfig(
                 vocab_size=text["vocab_size"],
@@ -140,7 +144,7 @@ class ModelConfig:
                 rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 500_000.0))),
                 rms_norm_eps=text.get("rms_norm_eps", 1e-6),
                 max_position_embeddings=text.get("max_position_embeddings", 128_000),
-                num_experts=text.get("num_experts", text.get("num_local_experts", 0)) if moe else 0,
+                num_experts=experts,
                 num_experts_per_tok=text["num_experts_per_tok"] if moe else 0,
                 moe_intermediate_size=text["moe_intermediate_size"] if moe else 0,
                 norm_topk_prob=text.get("norm_topk_prob", True),
@@ -205,6 +209,8 @@ class ModelConfig:
                 "decoder_sparse_step": 1,
                 "mlp_only_layers": [],
             }
+        # Published files do not state it, it is always 10,000 there.
+        vision_rope = {"rope_type": "axial", "rope_theta": vision.rope_theta}
         return {
             "architectures": ["Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"],
             "model_type": "qwen3_vl_moe" if moe else "qwen3_vl",
@@ -224,6 +230,7 @@ class ModelConfig:
                 "num_position_embeddings": vision.num_position_embeddings,
                 "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
                 "initializer_range": self.initializer_range,
+                **({"rope_parameters": vision_rope} if vision.rope_theta != 10_000.0 else {}),
             },
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
@@ -231,3 +238,14 @@ class ModelConfig:
             "vision_end_token_id": self.vision_end_token_id,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
+
+
+class _Section(dict[str, Any]):
+    """A part of config.json in which a missing field is an error that names it."""
+
+    def __init__(self, name: str, values: dict[str, Any]):
+        super().__init__(values)
+        self.name = name
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"config.json has no {key!r} in {self.name}")

@@ -57,11 +57,11 @@ def _tiny(**experts: Any) -> ModelConfig:
             num_position_embeddings=256,
             patch_size=8,
         ),
-        # Of the small tokenizer: special tokens come last.
-        image_token_id=1020,
-        video_token_id=1021,
-        vision_start_token_id=1018,
-        vision_end_token_id=1019,
+        # As `data.tokenizer.train_tokenizer(texts, 1024)` numbers them: control tokens are the last 20.
+        image_token_id=1016,
+        video_token_id=1017,
+        vision_start_token_id=1013,
+        vision_end_token_id=1014,
         tie_word_embeddings=True,
     )
 
@@ -83,7 +83,11 @@ CATALOG: dict[str, ModelConfig] = {
 
 
 def load(
-    path_or_name: str | os.PathLike[str], *, dtype: Any, mesh: jax.sharding.Mesh | None = None
+    path_or_name: str | os.PathLike[str],
+    *,
+    dtype: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    layout: hf_weights.Layout | None = None,
 ) -> tuple[ModelConfig, qwen3_vl.Params]:
     """A model folder's config and weights, or a catalog name's with random weights from key 0.
 
@@ -91,6 +95,7 @@ def load(
       path_or_name: a folder with config.json and safetensors, or a name in `CATALOG`. A folder wins over a name.
       dtype: of the parameters.
       mesh: places the parameters by `sharding.rules`; None puts all on the default device.
+      layout: of the experts in a folder's files, where their shapes do not tell; see `hf_weights.load`.
 
     Raises:
       ValueError: where it is neither, or the folder's files are wrong.
@@ -98,7 +103,7 @@ def load(
     path = Path(path_or_name)
     if path.is_dir():
         config = ModelConfig.from_hf(read_json(path / "config.json"))
-        return config, hf_weights.load(path, config, dtype=dtype, mesh=mesh)
+        return config, hf_weights.load(path, config, dtype=dtype, mesh=mesh, layout=layout)
     name = str(path_or_name)
     if name not in CATALOG:
         near = difflib.get_close_matches(name.lower(), CATALOG, 1)

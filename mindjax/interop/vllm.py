@@ -1,0 +1,151 @@
+"""Greedy answers and log-probabilities from real vLLM, in a process of its own: the reference for exported models.
+
+`python -m mindjax.interop.vllm JOBS.json` reads [[folder, conversations], ...] with conversations in the HF chat
+format, and prints, on its last line, a list of answers per folder in the form of `mindjax generate --json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# What vLLM 0.32 needs on a machine without a GPU; read when it is imported, so it must stand before.
+ENVIRONMENT = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(min(8, os.cpu_count() or 1)),
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, half the start
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def greedy(
+    jobs: Sequence[tuple[str | os.PathLike[str], Sequence[Messages]]],
+    *,
+    max_new_tokens: int,
+    forbidden_tokens: Sequence[int] = (),
+    dtype: str = "float32",
+    timeout: float = 300.0,
+) -> list[list[dict[str, Any]]]:
+    """Runs vLLM on model folders, one after another in one process, and returns greedy answers, stop tokens ignored.
+
+    Args:
+      jobs: pairs of a model folder (weights, config, tokenizer, processor; head_dim 64 or 128, which vLLM's CPU
+        attention asks) and the conversations it shall answer: messages in the HF chat format, images as paths.
+      max_new_tokens: length of every answer.
+      forbidden_tokens: ids that are never drawn.
+      dtype: float32 or bfloat16.
+      timeout: seconds.
+
+    Returns:
+      For each folder, for each conversation: prompt_token_ids, prompt_logprobs (None first), token_ids, logprobs, text.
+
+    Raises:
+      RuntimeError: where vLLM fails, with the end of what it printed.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump([[str(folder), conversations] for folder, conversations in jobs], file)
+        file.flush()
+        command = [sys.executable, "-m", "mindjax.interop.vllm", file.name, "--dtype", dtype]
+        command += ["--max-new-tokens", str(max_new_tokens), "--forbidden-tokens", *map(str, forbidden_tokens)]
+        done = subprocess.run(
+            command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=timeout
+        )
+    if done.returncode:
+        raise RuntimeError(f"vLLM failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _with_pictures(messages: Messages) -> list[dict[str, Any]]:
+    """The same messages with opened images, as `LLM.chat` takes them."""
+    from PIL import Image
+
+    def part(item: Mapping[str, Any]) -> dict[str, Any]:
+        if item["type"] == "image":
+            return {"type": "image_pil", "image_pil": Image.open(item["image"]).convert("RGB")}
+        return dict(item)
+
+    return [
+        {**message, "content": [part(item) for item in message["content"]]}
+        if isinstance(message["content"], list)
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _answer(folder: str, conversations: Sequence[Messages], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        model=folder,
+        dtype=arguments.dtype,
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=4,
+        enable_prefix_caching=False,  # a cached prefix has no prompt log-probs
+        limit_mm_per_prompt={"image": 4, "video": 0},
+        seed=0,
+    )
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=arguments.max_new_tokens,
+        ignore_eos=True,
+        logprobs=0,
+        prompt_logprobs=0,
+        logit_bias=dict.fromkeys(arguments.forbidden_tokens, -100.0) or None,
+        detokenize=True,
+    )
+    answers = []
+    for output in llm.chat([_with_pictures(messages) for messages in conversations], sampling, use_tqdm=False):
+        completion = output.outputs[0]
+        prompt = [
+            None if step is None else step[token].logprob
+            for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        ]
+        answers.append(
+            {
+                "prompt_token_ids": list(output.prompt_token_ids),
+                "prompt_logprobs": prompt,
+                "token_ids": list(completion.token_ids),
+                "logprobs": [
+                    step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
+                ],
+                "text": completion.text,
+            }
+        )
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()  # so that the next model can start
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Greedy answers of model folders by vLLM, as JSON.")
+    parser.add_argument("jobs", help="JSON file, [[folder, [messages, ...]], ...]")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--forbidden-tokens", type=int, nargs="*", default=[])
+    parser.add_argument("--dtype", default="float32")
+    arguments = parser.parse_args()
+    jobs = json.loads(Path(arguments.jobs).read_text())
+    print(json.dumps([_answer(folder, conversations, arguments) for folder, conversations in jobs]))
+
+
+if __name__ == "__main__":
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    main()
