@@ -11,6 +11,7 @@ import datetime
 import difflib
 import importlib
 import json
+import os
 import platform
 import shlex
 import sys
@@ -53,6 +54,7 @@ Command = Callable[[argparse.Namespace, list[str]], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that torch is not there
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     try:
