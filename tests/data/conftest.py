@@ -16,7 +16,8 @@ CORPUS = [
     "What is the number in the picture? It is seven. assistant user system tool\n\n",
     "<0.5 seconds> <1.5 seconds> the quick brown fox jumps over the lazy dog; don't stop\n",
     "Ein Wort mit Umlaut: über. 你好 世界 Привет, мир! 1234567890 {\"name\": \"f\", \"arguments\": {}}\n\n\n",
-] * 20  # fmt: skip
+    "Pack my box with five dozen liquor jugs; how quick daft zebras jump. Sphinx of black quartz, judge my vow.",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

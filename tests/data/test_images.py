@@ -147,11 +147,11 @@ def test_a_new_image_size_compiles_nothing() -> None:
     for height, width in [(300, 301), (257, 260), (333, 300), (290, 340), (311, 259)]:
         cut_patches(noise(height, width)[None], (256, 224), SMALL)
     assert compiled() == 1
-    sizes = set(map(tuple, np.random.default_rng(1).integers(33, 512, (100, 2)).tolist()))
-    assert len(sizes) == 100
+    sizes = set(map(tuple, np.random.default_rng(1).integers(65, 512, (60, 2)).tolist()))
+    assert len(sizes) == 60
     for height, width in sizes:
         cut_patches(noise(height, width)[None], SMALL.target_size(height, width), SMALL)
-    assert compiled() <= 30
+    assert compiled() <= 25
 
 
 # --- decoding ---
