@@ -105,7 +105,7 @@ def fit(
         pending = None
         values = {key: float(a) / max(float(b), 1.0) for key, (a, b) in jax.device_get(metrics).items()}
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-            raise NotFiniteError(_save_bad_batch(Path(workdir), number, values, batch, rate))
+            raise NotFiniteError(save_bad_batch(Path(workdir), number, values, batch, rate))
         last = {**values, "learning_rate": rate, "tokens": count, "seconds": time.monotonic() - began}
         if evaluate and (number == total or evaluate_every and number % evaluate_every == 0):
             last |= evaluate(state.params)
@@ -138,7 +138,7 @@ def fit(
     return TrainResult(state.params, done, time.monotonic() - began, tokens, last)
 
 
-def _save_bad_batch(workdir: Path, step: int, values: dict[str, float], batch: Any, rate: float) -> str:
+def save_bad_batch(workdir: Path, step: int, values: dict[str, float], batch: Any, rate: float) -> str:
     """Writes the batch and returns what to tell the user."""
     path = workdir / "nan_batch.npz"
     leaves = jax.tree_util.tree_leaves_with_path(batch)
