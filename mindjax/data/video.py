@@ -171,8 +171,9 @@ def _read_animation(path: Path, max_pixels: int, name: str) -> tuple[list[np.nda
     frames, milliseconds = [], 0.0
     try:
         with Image.open(path) as animation:
-            if getattr(animation, "n_frames", 1) * animation.width * animation.height > 64 * max_pixels:
-                raise ValueError(f"{name}: {animation.n_frames} frames of {animation.size} pixels are too many")
+            count = getattr(animation, "n_frames", 1)
+            if count * animation.width * animation.height > 64 * max_pixels:
+                raise ValueError(f"{name}: {count} frames of {animation.size} pixels are too many to decode")
             for frame in ImageSequence.Iterator(animation):
                 frames.append(np.asarray(frame.convert("RGB")))
                 milliseconds += frame.info.get("duration", 0.0)

@@ -21,9 +21,14 @@ CORPUS = [
 
 
 @pytest.fixture(scope="session")
-def processor() -> Processor:
+def corpus() -> list[str]:
+    return CORPUS
+
+
+@pytest.fixture(scope="session")
+def processor(corpus: list[str]) -> Processor:
     return Processor(
-        tokenizer=train_tokenizer(CORPUS, vocab_size=450),
+        tokenizer=train_tokenizer(corpus, vocab_size=450),
         image=ImageProcessor(min_pixels=32 * 32, max_pixels=160 * 160),
         video=VideoProcessor(min_pixels=4 * 32 * 32, max_pixels=8 * 64 * 64),
         chat_template=CHAT_TEMPLATE,

@@ -36,7 +36,17 @@ IMAGE_PART = st.tuples(st.integers(9, 90), st.integers(9, 90)).map(
 VIDEO_PART = st.tuples(
     st.integers(2, 13), st.integers(20, 60), st.integers(20, 60), st.sampled_from([1.0, 2.5, 24.0, 29.97])
 ).map(lambda v: {"type": "video", "video": noise(*v[:3], 3), "fps": v[3]})
-CONTENT = st.one_of(TEXT, st.lists(st.one_of(TEXT_PART, TEXT_PART, IMAGE_PART, VIDEO_PART), max_size=4))
+PARTS = {"text": TEXT_PART, "image": IMAGE_PART, "video": VIDEO_PART}
+
+
+@st.composite
+def content(draw: st.DrawFn) -> str | list[Message]:
+    if draw(st.sampled_from(["string", "parts", "parts"])) == "string":
+        return draw(TEXT)
+    return [draw(PARTS[kind]) for kind in draw(st.lists(st.sampled_from(list(PARTS)), max_size=4))]
+
+
+CONTENT = content()
 CALLS = st.lists(
     st.fixed_dictionaries({"name": TEXT, "arguments": st.one_of(TEXT, st.dictionaries(TEXT, TEXT, max_size=2))}),
     max_size=2,

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from mindjax.data.processor import Processor
 from mindjax.data.tokenizer import MARKUP_TOKENS, PRE_TOKENIZE, SPECIAL_TOKENS, train_tokenizer
 
-from .conftest import CORPUS
-
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
@@ -29,15 +27,15 @@ def test_special_tokens_end_the_vocabulary(tokenizer: Any) -> None:
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
 
 
-def test_vocabulary_size() -> None:
-    assert len(train_tokenizer(CORPUS, 400)) == 400
+def test_vocabulary_size(corpus: list[str]) -> None:
+    assert len(train_tokenizer(corpus, 400)) == 400
     assert len(train_tokenizer(["a"], 400)) == 256 + len(SPECIAL_TOKENS) + len(MARKUP_TOKENS)  # nothing to merge
     with pytest.raises(ValueError, match="256 bytes"):
-        train_tokenizer(CORPUS, 256)
+        train_tokenizer(corpus, 256)
 
 
-def test_training_is_deterministic(tokenizer: Any) -> None:
-    again = train_tokenizer(CORPUS, 450)
+def test_training_is_deterministic(corpus: list[str], tokenizer: Any) -> None:
+    again = train_tokenizer(corpus, 450)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
