@@ -1,0 +1,1 @@
+"""Reinforcement learning with verifiable rewards: rollouts, rewards, advantages and the GSPO main loop."""
