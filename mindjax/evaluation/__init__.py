@@ -1,0 +1,1 @@
+"""Measuring a model on held-out items: replies, accuracies with intervals, and the page that shows them."""
