@@ -36,6 +36,7 @@ class Checkpointer:
         self._folder = Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._closed = False
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -73,9 +74,11 @@ class Checkpointer:
         self._manager.save(step, args=args.Composite(state=args.StandardSave(host), run=args.JsonSave(run)))
 
     def close(self) -> None:
-        """Waits for a save under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for a save under way; may be called again."""
+        if not self._closed:
+            self._closed = True
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def _check(self, step: int, saved: dict[str, Any]) -> None:
         before, now = dict(_flatten(saved)), dict(_flatten(self._identity))

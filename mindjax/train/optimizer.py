@@ -183,7 +183,7 @@ def _muon() -> optax.GradientTransformation:
     def axes(updates: Params) -> Params:
         return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), updates)
 
-    return optax.chain(
-        contrib.scale_by_muon(weight_dimension_numbers=axes),
-        contrib.scale_by_shape(weight_dimension_numbers=axes, consistent_rms=0.2),
-    )
+    def rescale(updates: Params, _: Any) -> Params:
+        return jax.tree.map(lambda u: u * (0.2 * math.sqrt(max(u.shape[-2:]))), updates)
+
+    return optax.chain(contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless(rescale))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mindjax.config import ModelConfig
@@ -46,7 +47,7 @@ class TrainStep:
           (new state, metrics as name -> (sum, count) on the device: `loss`, what the loss terms report, and
           `grad_norm` before clipping). `loss` or `grad_norm` is not finite where the step went wrong.
         """
-        return self._compiled(state, jax.device_put(batches), jax.device_put(jnp.float32(learning_rate)))
+        return self._compiled(state, jax.device_put(batches), jax.device_put(np.float32(learning_rate)))
 
     def compilations(self) -> int:
         """How many shapes have been compiled: one, unless the caller's shapes change."""
