@@ -143,6 +143,8 @@ def _with_paths(message: Any, where: str, folder: Path) -> dict[str, Any]:
 def _texts(sample: Sample) -> list[str]:
     texts = [] if sample.rejected is None else [sample.rejected]
     for message in sample.messages:
+        # The chat template writes the role; it should be a token, not six.
+        texts.append(f"{message['role']}\n")
         content = message.get("content") or ""
         parts = [{"text": content}] if isinstance(content, str) else content
         texts += [part["text"] for part in parts if "text" in part]
