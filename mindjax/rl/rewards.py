@@ -40,7 +40,9 @@ class RewardConfig:
         """The rewards that have a weight."""
         longest = self.max_length or max_new_tokens
         if self.soft_length > longest:
-            raise ValueError(f"reward: soft_length {self.soft_length} is more than the longest answer, {longest} tokens")
+            raise ValueError(
+                f"reward: soft_length {self.soft_length} is more than the longest answer, {longest} tokens"
+            )
 
         def rewards(sample: Sample, text: str, length: int) -> dict[str, float]:
             parts = {"correct": verify(text, sample.answer)}

@@ -46,9 +46,7 @@ Params = dict[str, Any]
 
 def frozen_vision() -> OptimizerConfig:
     """A constant small learning rate for the language model alone."""
-    return OptimizerConfig(
-        learning_rate=1e-5, schedule="constant", multipliers=(("^vision", 0.0), (".*", 1.0))
-    )
+    return OptimizerConfig(learning_rate=1e-5, schedule="constant", multipliers=(("^vision", 0.0), (".*", 1.0)))
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,7 @@ class GSPOLoss:
     remat: Remat
 
     def __call__(self, params: Params, policy: PolicyBatch) -> Terms:
-        out = qwen3_vl.token_logprobs(
-            params, self.model, policy.batch, temperature=self.temperature, remat=self.remat
-        )
+        out = qwen3_vl.token_logprobs(params, self.model, policy.batch, temperature=self.temperature, remat=self.remat)
         mask = policy.batch.loss_mask
         # The first update on a rollout is on policy: its own log-probabilities are the old ones, exactly.
         old = jax.lax.stop_gradient(out.logp) if policy.logp_old is None else policy.logp_old
@@ -220,12 +216,12 @@ def train(
                 state, values, count = loop.step(state, done, workdir)
                 done, tokens = done + 1, tokens + count
                 last = {**values, "tokens": count, "seconds": time.monotonic() - began}
-                if evaluate and (done == total or config.evaluate_every and done % config.evaluate_every == 0):
+                if evaluate and (done == total or (config.evaluate_every and done % config.evaluate_every == 0)):
                     last |= evaluate(state.params)
                 writer.write(done, last)
                 shown = ("reward", "pass@1", "informative", "entropy", "length", "clip_low", "clip_high", "rollout_kl")
                 progress.update(done, {key: last[key] for key in shown}, count)
-                if stop.is_set() or done == total or config.checkpoint_every and done % config.checkpoint_every == 0:
+                if stop.is_set() or done == total or (config.checkpoint_every and done % config.checkpoint_every == 0):
                     writer.sync()
                     checkpointer.save(done * updates, state)
                 if stop.is_set() and done < total:
@@ -254,9 +250,7 @@ class _Loop:
     loss: GSPOLoss
 
     @classmethod
-    def build(
-        cls, config: RLConfig, model: ModelConfig, processor: Processor, prompts: Sequence[Prompt]
-    ) -> _Loop:
+    def build(cls, config: RLConfig, model: ModelConfig, processor: Processor, prompts: Sequence[Prompt]) -> _Loop:
         sizes = [size_of(prompt.rendered) for prompt in prompts]
         sampling = SamplingConfig(
             max_new_tokens=config.max_new_tokens,
@@ -272,9 +266,7 @@ class _Loop:
             per_row=config.responses_per_row,
             max_new_tokens=config.max_new_tokens,
         )
-        loss = GSPOLoss(
-            model, config.eps_low, config.eps_high, config.level, config.temperature, config.remat
-        )
+        loss = GSPOLoss(model, config.eps_low, config.eps_high, config.level, config.temperature, config.remat)
         prefill = prompt_shape(sizes, config.prompts_per_step, model)
         return cls(config, model, processor, prompts, sampling, prefill, shape, loss)
 

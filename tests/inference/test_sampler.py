@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +19,7 @@ from mindjax.inference import sampler
 from mindjax.inference.sampler import SamplingConfig, generate, prompt_shape, sampling_keys
 from mindjax.models import hf_weights, qwen3_vl
 from mindjax.types import Completion
+from tests.inference.compiled import compilations
 from tests.inference.prompts import random_prompt
 from tests.parity.reference import DENSE, MOE, transformers_model
 
@@ -238,22 +237,6 @@ def test_draws_follow_the_softmax_at_the_temperature() -> None:
     expected = full / full.sum()
     counts = np.bincount(tokens, minlength=len(expected))
     assert (np.abs(counts / draws - expected) < 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-9).all()
-
-
-@contextmanager
-def compilations() -> Iterator[list[float]]:
-    """Counts what XLA compiles inside the block, the eager operations too."""
-    seen: list[float] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_steady_state_compiles_nothing(setting: tuple[Any, ...]) -> None:
