@@ -46,7 +46,7 @@ class Group:
     Attributes:
       prompt: what was asked.
       completions: [N] what was sampled.
-      texts: [N] the same, decoded, without control tokens.
+      texts: [N] the same, see `reply_text`.
       parts: [N] rewards by name.
       rewards: [N] their weighted sums.
     """
@@ -129,13 +129,22 @@ def roll_out(
     answers = generate(params, config, rendered, sampling=sampling, keys=keys, shape=shape)
     groups = []
     for prompt, completions in zip(prompts, answers, strict=True):
-        texts = [processor.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        texts = [reply_text(c, processor) for c in completions]
         parts = [
             dict(rewards(prompt.sample, text, len(c.token_ids))) for text, c in zip(texts, completions, strict=True)
         ]
         scores = tuple(total(part, weights) for part in parts)
         groups.append(Group(prompt, tuple(completions), tuple(texts), tuple(parts), scores))
     return groups
+
+
+def reply_text(completion: Completion, processor: Processor) -> str:
+    """What is judged: the tokens before the <|im_end|> that ends the turn. Any other control token stays visible, so
+    that it is as wrong as any other wrong word."""
+    tokens = completion.token_ids
+    if tokens and tokens[-1] == processor.im_end_token_id:
+        tokens = tokens[:-1]
+    return processor.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def policy_shape(
@@ -177,9 +186,9 @@ def pack_responses(
     """
     full = [append_completion(prompt, completion.token_ids) for prompt, completion, _ in responses]
     batch = pack([full[start : start + per_row] for start in range(0, len(full), per_row)], shape)
-    response_ids = np.zeros(batch.tokens.shape, np.int32)
-    logp_rollout = np.zeros(batch.tokens.shape, np.float32)
-    advantages = np.zeros(shape.rows * per_row, np.float32)
+    response_ids: Any = np.zeros(batch.tokens.shape, np.int32)
+    logp_rollout: Any = np.zeros(batch.tokens.shape, np.float32)
+    advantages: Any = np.zeros(shape.rows * per_row, np.float32)
     for number, (_, completion, advantage) in enumerate(responses):
         row, segment = divmod(number, per_row)
         sampled = (np.asarray(batch.segment_ids[row]) == segment + 1) & (np.asarray(batch.loss_mask[row]) > 0)

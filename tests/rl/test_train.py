@@ -17,7 +17,7 @@ from mindjax.experiment import load_experiment
 from mindjax.inference.generate import stop_token_ids
 from mindjax.inference.sampler import SamplingConfig, prompt_shape
 from mindjax.rl.rewards import RewardConfig
-from mindjax.rl.rollout import Prompt, pack_responses, policy_shape, render_prompt, roll_out
+from mindjax.rl.rollout import Prompt, pack_responses, policy_shape, render_prompt, reply_text, roll_out
 from mindjax.rl.train import GSPOLoss, RLConfig, frozen_vision, main, train
 from mindjax.types import Completion, Sample
 from tests.inference.compiled import compilations
@@ -107,9 +107,18 @@ def test_rollout_scores_what_the_texts_say(policy: tuple[Any, ...], rolled: tupl
     _, _, processor = policy
     for group in rolled[1]:
         for text, completion, reward in zip(group.texts, group.completions, group.rewards, strict=True):
-            assert text == processor.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            assert text == processor.tokenizer.decode(completion.token_ids).removesuffix("<|im_end|>")
             assert reward == float(text.strip().rstrip(".").strip().lower() in set("abcdefghijklm"))
         assert group.informative == (0 < sum(group.rewards) < 4)
+
+
+def test_control_tokens_in_a_reply_are_seen(policy: tuple[Any, ...]) -> None:
+    _, _, processor = policy
+    red = processor.encode_text("red")
+    for end, text in [((), "red"), ((processor.im_end_token_id,), "red"),
+                      ((processor.endoftext_token_id,), "red<|endoftext|>"),
+                      ((processor.im_end_token_id,) * 2, "red<|im_end|>")]:  # fmt: skip
+        assert reply_text(Completion((*red, *end), (), "stop"), processor) == text
 
 
 def test_packing_does_not_change_the_gradient(policy: tuple[Any, ...], rolled: tuple[Any, ...]) -> None:
