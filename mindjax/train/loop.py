@@ -142,7 +142,7 @@ def save_bad_batch(workdir: Path, step: int, values: dict[str, float], batch: An
     """Writes the batch and returns what to tell the user."""
     path = workdir / "nan_batch.npz"
     leaves = jax.tree_util.tree_leaves_with_path(batch)
-    np.savez(path, **{jax.tree_util.keystr(key).lstrip("."): np.asarray(leaf) for key, leaf in leaves})
+    np.savez(path, **{jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(leaf) for key, leaf in leaves})
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
     return (
         f"step {step} is not finite ({numbers}, learning rate {rate:.3g}). Its batch is in {path}; the last "

@@ -46,4 +46,6 @@ class TrainState:
         optimizer = make_optimizer(config, params)
         trainable, _ = split_trainable(params, factors)
         opt_state = jax.jit(optimizer.init)(trainable)
-        return cls(params, opt_state, jnp.zeros((), jnp.int32), jnp.array(key, copy=True))
+        state = cls(params, opt_state, jnp.zeros((), jnp.int32), jnp.array(key, copy=True))
+        # Committed to its devices, as a restored state is: JAX compiles once for each of the two kinds.
+        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))

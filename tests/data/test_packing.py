@@ -25,9 +25,7 @@ from tests.train import tiny
 
 SHAPE = tiny.SHAPE
 sizes_strategy = st.lists(
-    st.builds(
-        SampleSize, st.integers(1, 32), st.lists(st.sampled_from([4, 8, 12, 16]), max_size=3).map(tuple)
-    ),
+    st.builds(SampleSize, st.integers(1, 32), st.lists(st.sampled_from([4, 8, 12, 16]), max_size=3).map(tuple)),
     min_size=1,
     max_size=60,
 )

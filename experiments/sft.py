@@ -1,0 +1,67 @@
+"""Supervised fine-tuning of one model on one file of conversations.
+
+mindjax sft experiments/sft.py --config.model=MODEL_DIR --config.data.path=conversations.jsonl
+mindjax sft experiments/sft.py:debug      random weights on drawn task images, a minute on a laptop
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+SIZES = ("debug",)
+
+
+def get_config(size: str = "") -> ConfigDict:
+    config = ConfigDict(
+        {
+            "kind": "sft",
+            "model": "",  # a model folder
+            "max_pixels": 0,  # of an image; 0: the folder's own limit
+            "data": {"path": "", "families": (), "variant": "cloze", "split": "train", "count": 0, "seed": 0},
+            "train": {
+                "epochs": 2,
+                "rows": 4,
+                "length": 4096,
+                "micro_batches": 8,
+                "average": "token",
+                "remat": "full",
+                "dtype": "bfloat16",
+                "seed": 0,
+                "drop_too_long": True,
+                "checkpoint_every": 200,
+                "keep_checkpoints": 2,
+                "optimizer": {
+                    "name": "adamw",
+                    "learning_rate": 1e-5,
+                    "warmup_steps": 50,
+                    "schedule": "cosine",
+                    "final_fraction": 0.1,
+                    "b1": 0.9,
+                    "b2": 0.95,
+                    "weight_decay": 0.1,
+                    "clip_norm": 1.0,
+                    # Alignment of images and words moves, seeing does not.
+                    "multipliers": (("^vision/(merger|deepstack_mergers)", 1.0), ("^vision", 0.0), (".*", 1.0)),
+                },
+            },
+        }
+    )
+    if size == "debug":
+        config.update(
+            {
+                "model": "tiny",
+                "max_pixels": 96 * 96,
+                "data": {"families": ("digit_read", "colour"), "count": 32},
+                "train": {
+                    "epochs": 8,
+                    "rows": 4,
+                    "length": 256,
+                    "micro_batches": 1,
+                    "remat": "none",
+                    "dtype": "float32",
+                    "checkpoint_every": 20,
+                    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 5, "multipliers": ((".*", 1.0),)},
+                },
+            }
+        )
+    return config

@@ -1,0 +1,38 @@
+"""What a run of the command line starts from: a model folder, or a catalog name for random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mindjax.config import ModelConfig
+from mindjax.data.processor import Processor
+from mindjax.data.samples import new_processor
+from mindjax.models import catalog
+from mindjax.types import Sample
+
+
+def open_model(
+    name: str, samples: Sequence[Sample], max_pixels: int = 0
+) -> tuple[ModelConfig, dict[str, Any], Processor]:
+    """Config, float32 parameters and processor.
+
+    Args:
+      name: a folder, or a name of the catalog.
+      samples: a catalog name has no tokenizer; one is trained on their text.
+      max_pixels: of an image; 0 leaves the folder's limit.
+
+    Raises:
+      ValueError: neither a folder nor a name, or a catalog name without `max_pixels`.
+    """
+    model, params = catalog.load(name, dtype="float32")
+    if Path(name).is_dir():
+        processor = Processor.from_pretrained(name)
+        if max_pixels:
+            processor = processor.with_pixel_limits(min(processor.image.min_pixels, max_pixels), max_pixels)
+        return model, params, processor
+    if not max_pixels:
+        raise ValueError(f"{name!r} is random weights without a processor: set max_pixels, the area of an image")
+    model, processor = new_processor(model, samples, max_pixels)
+    return model, params, processor
