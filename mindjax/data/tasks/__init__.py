@@ -19,6 +19,7 @@ FAMILIES: dict[str, Callable[[Split, np.random.Generator], Item]] = {
     "digit_read": digits.digit_read,
     "word_read": words.word_read,
     "quadrant": shapes.quadrant,
+    "describe": shapes.describe,
     "colour": shapes.colour,
     "relation": shapes.relation,
     "digit_largest": digits.digit_largest,

@@ -19,6 +19,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 TOLERANCE = 5  # percent of the width, for `locate`
 
 
@@ -58,11 +59,10 @@ def quadrant(split: Split, rng: np.random.Generator) -> Item:
     """In which quarter of the photograph a cross lies."""
     row, column = int(rng.integers(2)), int(rng.integers(2))
     canvas, name = _canvas(split, rng, 64, 64)
-    y, x = 32 * row + rng.uniform(7, 25), 32 * column + rng.uniform(7, 25)
-    _draw(canvas, "cross", y, x, int(rng.integers(9, 14)), str(rng.choice(list(COLOURS))))
-    corners = [f"{v} {h}" for v in ("top", "bottom") for h in ("left", "right")]
-    reply = corners[2 * row + column]
-    wrong = tuple(c for c in corners if c != reply)
+    y, x = 32 * row + rng.uniform(9, 23), 32 * column + rng.uniform(9, 23)
+    _draw(canvas, "cross", y, x, int(rng.integers(14, 19)), str(rng.choice(list(COLOURS))))
+    reply = QUARTERS[2 * row + column]
+    wrong = tuple(q for q in QUARTERS if q != reply)
     answer = {"kind": "exact", "value": reply}
     return Item(canvas.astype(np.uint8), "Which quarter is the cross in?", reply, answer, wrong, (name,))
 
@@ -72,17 +72,35 @@ def colour(split: Split, rng: np.random.Generator) -> Item:
     first, second = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
     asked, other = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
     canvas, name = _canvas(split, rng, 64, 64)
-    for shape, shape_colour, (y, x) in zip((asked, other), (first, second), _two_places(rng), strict=True):
-        _draw(canvas, shape, y, x, int(rng.integers(14, 21)), shape_colour)
+    for shape, shape_colour, quarter in zip((asked, other), (first, second), rng.choice(4, 2, replace=False), strict=True):
+        _draw(canvas, shape, *_inside(quarter, rng), int(rng.integers(15, 21)), shape_colour)
     wrong = (second, *(c for c in COLOURS if c not in (first, second)))
     answer = {"kind": "exact", "value": first}
     return Item(canvas.astype(np.uint8), f"What colour is the {asked}?", first, answer, wrong, (name,))
 
 
-def _two_places(rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Two centres in different quarters of a 64 x 64 picture."""
-    quarters = rng.choice(4, 2, replace=False)
-    return [(32 * (q // 2) + rng.uniform(12, 20), 32 * (q % 2) + rng.uniform(12, 20)) for q in quarters]
+def _inside(quarter: int, rng: np.random.Generator) -> tuple[float, float]:
+    """A centre (y, x) in a quarter of a 64 x 64 picture."""
+    return 32 * (quarter // 2) + rng.uniform(12, 20), 32 * (quarter % 2) + rng.uniform(12, 20)
+
+
+def describe(split: Split, rng: np.random.Generator) -> Item:
+    """What shapes there are and where, in reading order: much to learn from one picture."""
+    quarters = sorted(int(q) for q in rng.choice(4, 2, replace=False))
+    colours = [str(c) for c in rng.choice(list(COLOURS), 2, replace=False)]
+    shapes = [str(s) for s in rng.choice(SHAPES, 2, replace=False)]
+    canvas, name = _canvas(split, rng, 64, 64)
+    for quarter, shape_colour, shape in zip(quarters, colours, shapes, strict=True):
+        _draw(canvas, shape, *_inside(quarter, rng), int(rng.integers(15, 21)), shape_colour)
+
+    def tell(quarters: list[int], colours: list[str], shapes: list[str]) -> str:
+        return ", ".join(f"{c} {s} {QUARTERS[q]}" for q, c, s in zip(quarters, colours, shapes, strict=True))
+
+    reply = tell(quarters, colours, shapes)
+    absent = str(rng.choice([c for c in COLOURS if c not in colours]))
+    wrong = (tell(quarters, colours[::-1], shapes), tell(quarters, colours, shapes[::-1]),
+             tell(quarters, [colours[0], absent], shapes))  # fmt: skip
+    return Item(canvas.astype(np.uint8), "Describe the shapes.", reply, {"kind": "exact", "value": reply}, wrong, (name,))
 
 
 def relation(split: Split, rng: np.random.Generator) -> Item:
@@ -113,7 +131,7 @@ def locate(split: Split, rng: np.random.Generator) -> Item:
     """
     percent = int(rng.integers(10, 91))
     canvas, name = _canvas(split, rng, 32, 96)
-    _draw(canvas, "cross", rng.uniform(9, 23), percent / 100 * 96, int(rng.integers(9, 14)), str(rng.choice(list(COLOURS))))
+    _draw(canvas, "cross", rng.uniform(9, 23), percent / 100 * 96, int(rng.integers(13, 18)), str(rng.choice(list(COLOURS))))
     reply = str(int(np.clip(percent + rng.integers(-TOLERANCE, TOLERANCE + 1), 10, 99)))
     far = [p for p in range(10, 100) if abs(p - percent) > 2 * TOLERANCE]
     wrong = tuple(str(p) for p in rng.choice(far, 3, replace=False))
