@@ -1,7 +1,7 @@
 """Direct Preference Optimization of one model on one file of preference pairs.
 
-mindjax dpo experiments/dpo.py --config.model=MODEL_DIR --config.data.path=pairs.jsonl
-mindjax dpo experiments/dpo.py:debug      random weights on drawn task images, a minute on a laptop
+mindjax dpo --config experiments/dpo.py --config.model=MODEL_DIR --config.data.path=pairs.jsonl
+mindjax dpo --config experiments/dpo.py:debug      random weights on drawn task images, a minute on a laptop
 """
 
 from __future__ import annotations

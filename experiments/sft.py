@@ -1,7 +1,7 @@
 """Supervised fine-tuning of one model on one file of conversations.
 
-mindjax sft experiments/sft.py --config.model=MODEL_DIR --config.data.path=conversations.jsonl
-mindjax sft experiments/sft.py:debug      random weights on drawn task images, a minute on a laptop
+mindjax sft --config experiments/sft.py --config.model=MODEL_DIR --config.data.path=conversations.jsonl
+mindjax sft --config experiments/sft.py:debug      random weights on drawn task images, a minute on a laptop
 """
 
 from __future__ import annotations

@@ -160,10 +160,10 @@ def fingerprint(samples: Sequence[Rendered]) -> str:
     """Of the data set that a run was started with: tokens and pixels, in order."""
     digest = hashlib.sha256()
     for rendered in samples:
-        digest.update(np.ascontiguousarray(rendered.tokens))
+        digest.update(rendered.tokens.tobytes())
         for patches, grid in rendered.frames:
             digest.update(repr(grid).encode())
-            digest.update(np.ascontiguousarray(patches))
+            digest.update(patches.tobytes())
     return digest.hexdigest()[:16]
 
 

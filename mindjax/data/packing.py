@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -289,9 +289,12 @@ def pack(rows: Sequence[Sequence[Rendered]], shape: BatchShape) -> Batch:
         )
     place_of = dict(zip(unique, places, strict=True))
 
-    tokens, segment_ids = np.zeros((b, t), np.int32), np.zeros((b, t), np.int32)
-    positions, loss_mask = np.zeros((b, t, 3), np.int32), np.zeros((b, t), np.float32)
-    vision_index = np.full((b, t), -1, np.int32)
+    # Any: NumPy arrays, which stand for JAX's until a step places them.
+    tokens: Any = np.zeros((b, t), np.int32)
+    segment_ids: Any = np.zeros((b, t), np.int32)
+    positions: Any = np.zeros((b, t, 3), np.int32)
+    loss_mask: Any = np.zeros((b, t), np.float32)
+    vision_index: Any = np.full((b, t), -1, np.int32)
     for row, items in enumerate(rows):
         start = 0
         for segment, item in enumerate(items, 1):
@@ -326,8 +329,9 @@ def _pack_vision(
 ) -> VisionInputs:
     """Patches, coordinates and segment ids of frames (patches, grid, place), each vision row numbered from 1."""
     r, length = shape.vision_rows, shape.vision_length
-    patches = np.zeros((r, length, shape.patch_dim), np.float32)
-    coordinates, segment_ids = np.zeros((r, length, 4), np.int32), np.zeros((r, length), np.int32)
+    patches: Any = np.zeros((r, length, shape.patch_dim), np.float32)
+    coordinates: Any = np.zeros((r, length, 4), np.int32)
+    segment_ids: Any = np.zeros((r, length), np.int32)
     next_id = [1] * r
     for pixels, (height, width), (row, start) in frames:
         if pixels.shape != (height * width, shape.patch_dim):
@@ -349,7 +353,7 @@ def patch_coordinates(height: int, width: int, merge_size: int) -> np.ndarray:
     that become one token, row by row, and inside each its patches, row by row."""
     if height % merge_size or width % merge_size:
         raise ValueError(f"a grid of {height} x {width} patches is no multiple of the merge size {merge_size}")
-    grid = np.stack(np.mgrid[:height, :width], axis=-1)
+    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
     blocks = grid.reshape(height // merge_size, merge_size, width // merge_size, merge_size, 2)
     place = blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
     result = np.concatenate([place, np.broadcast_to([height, width], place.shape)], axis=1).astype(np.int32)

@@ -88,7 +88,7 @@ def new_processor(model: ModelConfig, samples: Sequence[Sample], max_pixels: int
     """
     tokenizer = train_tokenizer((text for sample in samples for text in _texts(sample)), model.text.vocab_size)
     vision = model.vision
-    sizes = {
+    sizes: dict[str, Any] = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,

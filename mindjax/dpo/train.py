@@ -130,7 +130,9 @@ def render_pair(sample: Sample, processor: Processor) -> Pair:
     """
     *prompt, last = sample.messages
     if sample.rejected is None or last["role"] != "assistant":
-        raise ValueError(f"sample {sample.id!r} is no preference pair: it needs a last assistant message and 'rejected'")
+        raise ValueError(
+            f"sample {sample.id!r} is no preference pair: it needs a last assistant message and 'rejected'"
+        )
     chosen = _last_reply_only(render([*prompt, last], processor))
     rejected = _last_reply_only(render([*prompt, {**last, "content": sample.rejected}], processor))
     # The same prompt: one copy of its images is packed and encoded for both.
@@ -148,7 +150,7 @@ def pack_pairs(rows: Rows, pairs: Sequence[Pair], shape: BatchShape, reference: 
     """
     packed = [[item for i in row for item in (pairs[i].chosen, pairs[i].rejected)] for row in rows]
     batch = pack(packed, shape)
-    reply_ids = np.zeros(batch.tokens.shape, np.int32)
+    reply_ids: Any = np.zeros(batch.tokens.shape, np.int32)
     indices = [i for row in rows for i in row]
     number = 1
     for row, items in enumerate(packed):
@@ -157,10 +159,10 @@ def pack_pairs(rows: Rows, pairs: Sequence[Pair], shape: BatchShape, reference: 
             reply_ids[row, reply] = number
             number += 1
     slots = max_pairs(shape)
-    valid = (np.arange(slots) < len(indices)).astype(np.float32)
+    valid: Any = (np.arange(slots) < len(indices)).astype(np.float32)
     if reference is None:
         return PairBatch(batch, reply_ids, valid, None)
-    values = np.zeros((slots, 2), np.float32)
+    values: Any = np.zeros((slots, 2), np.float32)
     values[: len(indices)] = reference[indices]
     return PairBatch(batch, reply_ids, valid, values)
 

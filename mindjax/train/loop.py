@@ -107,7 +107,7 @@ def fit(
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
             raise NotFiniteError(save_bad_batch(Path(workdir), number, values, batch, rate))
         last = {**values, "learning_rate": rate, "tokens": count, "seconds": time.monotonic() - began}
-        if evaluate and (number == total or evaluate_every and number % evaluate_every == 0):
+        if evaluate and (number == total or (evaluate_every and number % evaluate_every == 0)):
             last |= evaluate(state.params)
         writer.write(number, last)
         progress.update(number, {"loss": values["loss"]}, count)
@@ -122,7 +122,7 @@ def fit(
                 pending = (done, metrics, batch, rate, count)
                 if evaluate and evaluate_every and done % evaluate_every == 0:
                     report()  # before the state is donated to the next step
-                if stop.is_set() or done == total or checkpoint_every and done % checkpoint_every == 0:
+                if stop.is_set() or done == total or (checkpoint_every and done % checkpoint_every == 0):
                     report()  # before saving: a state that is not finite is never saved
                     writer.sync()
                     checkpointer.save(done, state)
@@ -142,7 +142,10 @@ def save_bad_batch(workdir: Path, step: int, values: dict[str, float], batch: An
     """Writes the batch and returns what to tell the user."""
     path = workdir / "nan_batch.npz"
     leaves = jax.tree_util.tree_leaves_with_path(batch)
-    np.savez(path, **{jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(leaf) for key, leaf in leaves})
+    arrays: dict[str, Any] = {
+        jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(leaf) for key, leaf in leaves
+    }
+    np.savez(path, **arrays)
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
     return (
         f"step {step} is not finite ({numbers}, learning rate {rate:.3g}). Its batch is in {path}; the last "

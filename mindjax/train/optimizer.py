@@ -21,7 +21,9 @@ Params = dict[str, Any]
 # Leaves that weight decay would pull towards a meaningless zero: norms, biases, and tables that are looked up.
 NO_DECAY = r"(norm|scale|bias|(^|/)(position_)?embed)$"
 # What Muon is for: hidden-to-hidden matrices. Embeddings, patch projection, head and router stay with Adam.
-MUON_MATRICES = r"^vision/(blocks|merger|deepstack_mergers)/.*kernel$|^text/layers/(attn/[qkvo]|mlp/\w+|moe/(gate_up|down))$"
+MUON_MATRICES = (
+    r"^vision/(blocks|merger|deepstack_mergers)/.*kernel$|^text/layers/(attn/[qkvo]|mlp/\w+|moe/(gate_up|down))$"
+)
 
 
 @dataclass(frozen=True)

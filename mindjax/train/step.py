@@ -51,7 +51,7 @@ class TrainStep:
 
     def compilations(self) -> int:
         """How many shapes have been compiled: one, unless the caller's shapes change."""
-        return self._compiled._cache_size()
+        return self._compiled._cache_size()  # type: ignore[attr-defined]
 
     def _step(self, state: TrainState, batches: Any, learning_rate: Array) -> tuple[TrainState, Metrics]:
         factors = multipliers(self._config, state.params)
@@ -80,7 +80,10 @@ class TrainStep:
             terms = terms_of(trainable, batch)
             totals = totals or tuple(term.count for term in terms)
             loss = sum(
-                (term.sum / jnp.maximum(jax.lax.stop_gradient(total), 1.0) for term, total in zip(terms, totals)),
+                (
+                    term.sum / jnp.maximum(jax.lax.stop_gradient(total), 1.0)
+                    for term, total in zip(terms, totals, strict=True)
+                ),
                 jnp.zeros((), jnp.float32),
             )
             return loss, _metrics_of(terms)

@@ -34,13 +34,13 @@ sizes_strategy = st.lists(st.builds(SampleSize, st.integers(1, 16)), min_size=1,
 def test_each_epoch_brings_every_sample_once_over_all_processes(sizes, epochs, micro):
     whole = make(sizes, epochs=epochs, micro_batches=micro)
     seen = Counter(i for step in range(len(whole)) for i in whole.indices(step))
-    assert seen == Counter({i: epochs for i in range(len(sizes))})
+    assert seen == Counter(dict.fromkeys(range(len(sizes)), epochs))
     for count in (c for c in (1, 2, 4) if micro % c == 0):
         shards = [
             make(sizes, epochs=epochs, micro_batches=micro, process_index=p, process_count=count) for p in range(count)
         ]
         for step in range(len(whole)):
-            assert sum((shard.indices(step) for shard in shards), []) == whole.indices(step)
+            assert [i for shard in shards for i in shard.indices(step)] == whole.indices(step)
             parts = np.concatenate([shard[step][0] for shard in shards])
             np.testing.assert_array_equal(parts, whole[step][0])
 

@@ -16,7 +16,9 @@ def reference(logp, mask, segments, average):
     total, count = 0.0, 0.0
     for row in range(logp.shape[0]):
         for segment in sorted(set(segments[row].tolist())):
-            values = [-float(x) for x, m, s in zip(logp[row], mask[row], segments[row], strict=True) if m and s == segment]
+            values = [
+                -float(x) for x, m, s in zip(logp[row], mask[row], segments[row], strict=True) if m and s == segment
+            ]
             if values:
                 total += sum(values) if average == "token" else sum(values) / len(values)
                 count += len(values) if average == "token" else 1
@@ -46,9 +48,9 @@ def test_equals_numpy(average, seed):
 @pytest.mark.usefixtures("strict")
 def test_gradient_is_minus_the_weight_of_each_target(average):
     logp, mask, segments = example(1)
-    gradient = jax.grad(
-        lambda x: sft_loss(x, jnp.array(mask), segment_ids=jnp.array(segments), average=average).sum
-    )(jnp.array(logp))
+    gradient = jax.grad(lambda x: sft_loss(x, jnp.array(mask), segment_ids=jnp.array(segments), average=average).sum)(
+        jnp.array(logp)
+    )
     step = 1e-3
     for row, t in [(0, 5), (1, 9), (2, 16), (0, 0)]:
         up, down = logp.astype(np.float64), logp.astype(np.float64)

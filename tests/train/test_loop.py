@@ -52,9 +52,7 @@ def run(workdir, values=VALUES, before=lambda number: None, **options):
         before(number)
         return step(state, batch, rate)
 
-    return fit(
-        observed, fresh, loader(values), name="test", optimizer=CONFIG, workdir=workdir, identity={}, **options
-    )
+    return fit(observed, fresh, loader(values), name="test", optimizer=CONFIG, workdir=workdir, identity={}, **options)
 
 
 def losses(workdir):

@@ -80,9 +80,7 @@ def test_schedule():
 
 
 def test_adamw_is_its_formula_and_decay_spares_norms_biases_and_tables():
-    config = OptimizerConfig(
-        b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, multipliers=(("^vision", 0.5), (".*", 1.0))
-    )
+    config = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, multipliers=(("^vision", 0.5), (".*", 1.0)))
     everything = params()
     gradient = jax.tree.map(lambda p: jnp.full_like(p, 0.3), everything)
     optimizer = make_optimizer(config, everything)
@@ -120,7 +118,7 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="name must be 'adamw' or 'muon'.*clip_norm must not be negative"):
+    with pytest.raises(ValueError, match=r"name must be 'adamw' or 'muon'.*clip_norm must not be negative"):
         OptimizerConfig(name="adam", clip_norm=-1)
 
 

@@ -8,7 +8,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from mindjax.data.packing import BatchShape, pack
 from mindjax.sft.train import SFTLoss
