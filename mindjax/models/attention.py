@@ -45,5 +45,4 @@ def text_attention(
     q = apply_rope(rms_norm(p["q_norm"], q, config.rms_norm_eps), rope)
     k = apply_rope(rms_norm(p["k_norm"], k, config.rms_norm_eps), rope)
     out, state = attend(checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
-    out = checkpoint_name(out.reshape(*lead, -1), "attention")
-    return matmul(out, p["o"]), state
+    return matmul(out.reshape(*lead, -1), p["o"]), state

@@ -150,7 +150,7 @@ def _attention(
     q, k, v = (checkpoint_name(qkv[:, :, i], "qkv") for i in range(3))
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     out = attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=False)
-    return _linear(p["proj"], checkpoint_name(out.reshape(rows, length, -1), "attention"))
+    return _linear(p["proj"], out.reshape(rows, length, -1))
 
 
 def _merge(p: dict[str, Any], x: jax.Array) -> jax.Array:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 # Queries beyond this go in blocks, recomputed in the backward pass, so that memory grows with T x block, not T^2.
 QUERY_BLOCK = 1024
@@ -35,13 +37,13 @@ def attention(
       [B, T, N, D] in q's dtype; scores and softmax are float32.
     """
     length = q.shape[1]
-    index = jnp.arange(length, dtype=jnp.int32)
+    index = jnp.arange(length, dtype=jnp.int32) if causal else jnp.full(length, -1, jnp.int32)
     if length <= QUERY_BLOCK or length % QUERY_BLOCK:
-        return _attend(q, k, v, q_segment_ids, kv_segment_ids, index, causal)
+        return _attend(q, k, v, q_segment_ids, kv_segment_ids, index)
 
     def block(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q_block, segments, rows = args
-        return _attend(q_block, k, v, segments, kv_segment_ids, rows, causal)
+        return _attend(q_block, k, v, segments, kv_segment_ids, rows)
 
     blocks = length // QUERY_BLOCK
     split = jnp.moveaxis(q.reshape(q.shape[0], blocks, QUERY_BLOCK, *q.shape[2:]), 1, 0)
@@ -50,26 +52,89 @@ def attention(
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
+@jax.custom_vjp
 def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_segment_ids: jax.Array,
-    kv_segment_ids: jax.Array,
-    q_index: jax.Array,
-    causal: bool,
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
 ) -> jax.Array:
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    """Attention of one block of queries at `q_index` [T], below 0 where attention is not causal."""
+    return _forward(q, k, v, q_segment_ids, kv_segment_ids, q_index)[0]
+
+
+# The backward pass is written out: it recomputes the weights from one number per query and takes the softmax's inner
+# product over D instead of over S. Derived automatically, the weights would be kept for every layer, and filling,
+# storing and reading that stack costs more on a CPU than the products.
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    rows, keys, values = _fold(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = _scores(rows, keys, q_segment_ids, kv_segment_ids, q_index)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    out = _product("bkns,bksd->bknd", (weights / total).astype(v.dtype), values)
+    # Rows of padding, which attend to nothing, get weights of 0 in the backward pass.
+    normaliser = jnp.where(largest > MASKED / 2, largest + jnp.log(total), jnp.float32(jnp.inf))
+    out = checkpoint_name(_unfold(out, q.shape).astype(q.dtype), "attention")
+    normaliser = checkpoint_name(normaliser, "attention")
+    return out, (q, k, v, q_segment_ids, kv_segment_ids, q_index, out, normaliser)
+
+
+def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[Any, ...]:
+    q, k, v, q_segment_ids, kv_segment_ids, q_index, out, normaliser = saved
+    heads = k.shape[2]
+    rows, keys, values = _fold(q, heads), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    weights = jnp.exp(_scores(rows, keys, q_segment_ids, kv_segment_ids, q_index) - normaliser)
+    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    g_rows = _fold(g, heads)
+    d_weights = _product("bknd,bksd->bkns", g_rows, values)
+    d_scores = (weights * (d_weights - _fold(inner, heads)) * jnp.float32(q.shape[-1] ** -0.5)).astype(q.dtype)
+    dq = _product("bkns,bksd->bknd", d_scores, keys)
+    dk, dv = _over_rows(d_scores, rows), _over_rows(weights.astype(v.dtype), g_rows)
+    nothing = [np.zeros(ids.shape, jax.dtypes.float0) for ids in (q_segment_ids, kv_segment_ids, q_index)]
+    gradients = (_unfold(dq, q.shape).astype(q.dtype), dk.swapaxes(1, 2).astype(k.dtype))
+    return (*gradients, dv.swapaxes(1, 2).astype(v.dtype), *nothing)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(
+    rows: jax.Array, keys: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
+) -> jax.Array:
+    """Masked scores, [B, K, G x T, S] float32."""
+    batch, kv_heads, folded, dim = rows.shape
+    length, size = q_index.shape[0], keys.shape[2]
     allowed = (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]) & (kv_segment_ids != 0)[:, None, :]
-    if causal:
-        allowed &= (q_index[:, None] >= jnp.arange(k.shape[1], dtype=jnp.int32)[None, :])[None]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    ahead = (q_index[:, None] < jnp.arange(size, dtype=jnp.int32)[None, :]) & (q_index >= 0)[:, None]
+    allowed = (allowed & ~ahead[None])[:, None, None]
+    scores = _product("bknd,bksd->bkns", rows, keys) * jnp.float32(dim**-0.5)
+    scores = scores.reshape(batch, kv_heads, folded // length, length, size)
+    return jnp.where(allowed, scores, jnp.float32(MASKED)).reshape(batch, kv_heads, folded, size)
+
+
+def _fold(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, D] to [B, K, G x T, D]: the queries of one key/value head in one matrix."""
+    batch, length, heads, dim = x.shape
+    x = x.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    return x.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+
+
+def _unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_fold`."""
+    batch, length, heads, dim = shape
+    kv_heads = x.shape[1]
+    return x.reshape(batch, kv_heads, heads // kv_heads, length, dim).transpose(0, 3, 1, 2, 4).reshape(shape)
+
+
+def _over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[B, K, n, S] and [B, K, n, D], contracted over n, give [B, K, S, D] float32."""
+    if a.shape[2] % 2 == 0:  # two contracted dimensions reach XLA's fast CPU kernel, see `matmul.contract_rows`
+        a, b = (x.reshape(*x.shape[:2], 2, x.shape[2] // 2, x.shape[3]) for x in (a, b))
+        return _product("bkhns,bkhnd->bksd", a, b)
+    return _product("bkns,bknd->bksd", a, b)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # HIGHEST: float32 operands stay float32 on TPU and GPU too, for the reason given in `matmul.contract`.
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    scores = product("btkgd,bskd->bkgts", grouped, k) * dim**-0.5
-    scores = jnp.where(allowed[:, None, None], scores, jnp.float32(MASKED))
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = product("bkgts,bskd->btkgd", weights, v)
-    return out.reshape(batch, length, heads, dim).astype(q.dtype)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
