@@ -308,9 +308,11 @@ def peak_of(function):
             time.sleep(0.001)
     thread = threading.Thread(target=watch)
     thread.start()
-    result = function()
-    running = False
-    thread.join()
+    try:
+        result = function()
+    finally:
+        running = False
+        thread.join()
     return top - base, result
 
 source, target = sys.argv[1:]
@@ -346,7 +348,9 @@ def _measure(config: ModelConfig, folder: Path) -> dict[str, int]:
     safetensors_io.write_json(source / "config.json", config.to_hf())
     command = [sys.executable, "-c", _MEASURE, str(source), str(folder / "target")]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
     finally:

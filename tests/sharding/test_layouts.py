@@ -33,6 +33,7 @@ def test_a_mesh_gives_what_one_device_gives(kind: str, sizes: dict[str, int], sh
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
