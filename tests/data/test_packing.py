@@ -76,6 +76,23 @@ def test_what_is_planned_can_be_packed(sizes, seed):
         assert not batch.loss_mask[padding].any() and (batch.vision_index[padding] == -1).all()
 
 
+def test_the_first_token_of_a_segment_is_never_a_target():
+    sample = tiny.sample(np.random.default_rng(0), 8)
+    sample = replace(sample, loss_mask=np.ones(8, np.float32))
+    batch = pack([[sample, sample]], SHAPE)
+    np.testing.assert_array_equal(batch.loss_mask[0, :16], [0, *[1] * 7] * 2)
+
+
+def test_whether_frames_fit_does_not_depend_on_their_order():
+    rng = np.random.default_rng(0)
+    small, large = tiny.sample(rng, 6, ((2, 2),)), tiny.sample(rng, 8, ((2, 6),))
+    # Four rows of 16 hold four of each only if each row takes one of each.
+    for order in ([small, large], [large, small]):
+        copies = [[tiny.sample(rng, len(s.tokens), (s.frames[0][1],)) for _ in range(4)] for s in order]
+        batch = pack(copies, SHAPE)
+        assert (batch.vision.segment_ids > 0).all()
+
+
 def test_each_frame_is_its_own_vision_segment_and_padding_is_zero():
     rng = np.random.default_rng(0)
     sample = tiny.sample(rng, 20, ((2, 2), (2, 4), (4, 4)))

@@ -48,6 +48,19 @@ def test_terms_are_divided_by_their_own_totals():
     np.testing.assert_allclose(metrics["x"][0] / metrics["x"][1], (x * mask).sum() / mask.sum(), rtol=1e-6)
 
 
+def test_counting_ahead_costs_no_forward_pass():
+    def layers(params, batch):
+        x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ params["w"]), None), batch, length=8)
+        return LossOutput(jnp.sum(x), jnp.float32(batch.shape[0]))
+
+    def flops(micro_batches):
+        gradient = partial(TrainStep(layers, PLAIN, "float32")._gradient, frozen={})
+        compiled = jax.jit(gradient).lower({"w": jnp.ones((64, 64))}, batches=jnp.ones((micro_batches, 32, 64)))
+        return compiled.compile().cost_analysis()["flops"]  # the body of a loop counts once
+
+    assert flops(4) < 1.1 * flops(1)
+
+
 def test_any_split_gives_the_same_gradient():
     # The mixture of experts has a second term, the router's, with a count of its own.
     config = tiny.moe_model()
