@@ -135,8 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_experiment(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Loads the experiment, prepares its run directory and calls the main loop that its kind names."""
+    from mindjax.allocator import keep_freed_memory
     from mindjax.experiment import load_experiment
 
+    keep_freed_memory()
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     _refuse([argument for argument in rest if argument not in overrides], ["--workdir", "--change-config", "--config"])
     config = load_experiment(arguments.config, overrides)
@@ -195,8 +197,10 @@ def versions() -> dict[str, str]:
 
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest, ["--messages", "--max-new-tokens", "--temperature", "--seed", "--dtype", "--ignore-eos", "--json"])
+    from mindjax.allocator import keep_freed_memory
     from mindjax.inference import generate
 
+    keep_freed_memory()
     generate.main(arguments)
     return 0
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from mindjax.allocator import keep_freed_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 # Before anything imports jax, and inherited by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+keep_freed_memory()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "mindjax": set(),
     "mindjax.config": set(),
     "mindjax.types": set(),
+    "mindjax.allocator": set(),
     "mindjax.ops": BASE,
     "mindjax.losses": {"mindjax.types", "mindjax.ops"},
     "mindjax.data": {"mindjax.config", "mindjax.types"},
