@@ -6,10 +6,13 @@ B rows, T tokens, H hidden size, E experts, k experts per token, I expert width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mindjax.config import TextConfig
 from mindjax.models.parameters import Init
@@ -79,13 +82,54 @@ def moe(params: dict[str, Array], x: Array, segment_ids: Array, config: TextConf
     taken = (chosen[:, :, None] == jnp.arange(experts)[None, None]).any(axis=1) & real[:, None]
     group_sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
 
-    gate, up = jnp.split(grouped_matmul(flat[order // choices], params["gate_up"], group_sizes), 2, axis=-1)
-    answers = grouped_matmul(jax.nn.silu(gate) * up, params["down"], group_sizes)
     back = jnp.argsort(order)
-    y = jnp.sum(answers[back].reshape(tokens, choices, hidden) * weights[:, :, None], axis=1)
+    rows_in = _dispatch(flat, order, back, choices)
+    hidden_states = checkpoint_name(grouped_matmul(rows_in, params["gate_up"], group_sizes), "mlp_hidden")
+    gate, up = jnp.split(hidden_states, 2, axis=-1)
+    # Weighed before the last product, which is linear: then the gradient of the weights needs no answer kept.
+    weighed = jax.nn.silu(gate) * up * _permute(weights.reshape(-1, 1), order, back)
+    y = _combine(grouped_matmul(weighed, params["down"], group_sizes), order, back, choices)
 
     aux_sum, aux_count = _balance_loss(probabilities, taken, segment_ids)
     return y.reshape(x.shape), RouterStats(group_sizes.astype(jnp.float32), aux_sum, aux_count)
+
+
+# Gradients of gathers are scatters, which run one row at a time on a CPU; that of a permutation is its inverse.
+
+
+@jax.custom_vjp
+def _permute(x: Array, order: Array, back: Array) -> Array:
+    """Rows of x [R, ...] in the order [R], whose inverse is `back` [R]."""
+    return x[order]
+
+
+_permute.defvjp(lambda x, order, back: (x[order], (order, back)), lambda saved, g: (g[saved[1]], *_no_gradient(saved)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(x: Array, order: Array, back: Array, choices: int) -> Array:
+    """A copy of each token of x [N, H] for each of its choices, in the order of experts: [N choices, H]."""
+    return x[order // choices]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(answers: Array, order: Array, back: Array, choices: int) -> Array:
+    """The sum over each token's choices, [N, H]; the transpose of `_dispatch`."""
+    return jnp.sum(answers[back].reshape(-1, choices, answers.shape[-1]), axis=1)
+
+
+_dispatch.defvjp(
+    lambda x, order, back, choices: (_dispatch(x, order, back, choices), (order, back)),
+    lambda choices, saved, g: (_combine(g, *saved, choices), *_no_gradient(saved)),
+)
+_combine.defvjp(
+    lambda answers, order, back, choices: (_combine(answers, order, back, choices), (order, back)),
+    lambda choices, saved, g: (_dispatch(g, *saved, choices), *_no_gradient(saved)),
+)
+
+
+def _no_gradient(indices: tuple[Array, ...]) -> list[np.ndarray]:
+    return [np.zeros(index.shape, jax.dtypes.float0) for index in indices]
 
 
 def _balance_loss(probabilities: Array, taken: Array, segment_ids: Array) -> tuple[Array, Array]:

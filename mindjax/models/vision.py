@@ -16,7 +16,7 @@ from mindjax.models.norm import LayerNorm, layer_norm
 from mindjax.models.parameters import Init
 from mindjax.models.rope import apply_rope, vision_rope
 from mindjax.ops.attention import attention
-from mindjax.ops.matmul import matmul
+from mindjax.ops.matmul import add_bias, matmul
 from mindjax.types import VisionInputs
 from sharding.remat import Remat, rematerialise
 
@@ -139,15 +139,17 @@ def encode(p: dict[str, Any], vision: VisionInputs, config: VisionConfig, remat:
 
 
 def _linear(p: dict[str, Any], x: jax.Array) -> jax.Array:
-    return matmul(x, p["kernel"]) + jnp.expand_dims(p["bias"], tuple(range(x.ndim - 1)))
+    return add_bias(matmul(x, p["kernel"]), p["bias"])
 
 
 def _attention(
     p: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array], segments: jax.Array, config: VisionConfig
 ) -> jax.Array:
     rows, length = x.shape[:2]
-    qkv = _linear(p["qkv"], x).reshape(rows, length, 3, config.num_heads, config.head_dim)
-    q, k, v = (checkpoint_name(qkv[:, :, i], "qkv") for i in range(3))
+    # split, for its gradient is one concatenation; that of three indexings is three padded sums.
+    parts = jnp.split(_linear(p["qkv"], x), 3, axis=-1)
+    heads = (rows, length, config.num_heads, config.head_dim)
+    q, k, v = (checkpoint_name(part.reshape(heads), "qkv") for part in parts)
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     out = attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=False)
     return _linear(p["proj"], out.reshape(rows, length, -1))
@@ -165,9 +167,14 @@ def _position_embedding(table: jax.Array, coordinates: jax.Array, config: Vision
     low = jnp.clip(jnp.floor(source), 0, side - 1)
     high = jnp.minimum(low + 1, side - 1)
     upper = source - jnp.floor(source)
-    taps = jnp.stack([low, high], -1).astype(jnp.int32)  # [R, L, axis, 2]
-    weights = jnp.stack([1 - upper, upper], -1)
-    index = taps[..., 0, :, None] * side + taps[..., 1, None, :]  # [R, L, 2, 2]
-    weight = weights[..., 0, :, None] * weights[..., 1, None, :]
-    # Weighted in float32 as published: interpolation weights do not fit bf16.
-    return jnp.einsum("rlijd,rlij->rld", table[index].astype(jnp.float32), weight).astype(table.dtype)
+    # As a matrix with four weights in each row: reading the table is a product, and so is its gradient, where four
+    # gathers have a scatter that runs one row at a time on a CPU. In float32 as published: the weights do not fit bf16.
+    places = jnp.arange(side, dtype=jnp.float32)
+    row, column = jnp.moveaxis(
+        jnp.where(low[..., None] == places, 1 - upper[..., None], jnp.float32(0))
+        + jnp.where(high[..., None] == places, upper[..., None], jnp.float32(0)),
+        2,
+        0,
+    )  # [R, L, side] each
+    weights = (row[..., :, None] * column[..., None, :]).reshape(*row.shape[:2], side * side)
+    return matmul(weights, table.astype(jnp.float32)).astype(table.dtype)

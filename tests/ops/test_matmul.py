@@ -1,0 +1,49 @@
+"""The dense product: accumulation, dtypes and gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mindjax.ops.matmul import add_bias, matmul, sum_rows
+
+
+@pytest.mark.parametrize("lead", [(6,), (5,), (2, 3), (1, 4), (1, 1), (2, 3, 2)])
+def test_matches_float64(lead: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, w, g = rng.normal(size=(*lead, 7)), rng.normal(size=(7, 9)), rng.normal(size=(*lead, 9))
+    out, vjp = jax.vjp(matmul, jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32))
+    dx, dw = vjp(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(out, x @ w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, g @ w.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, x.reshape(-1, 7).T @ g.reshape(-1, 9), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_accumulates_in_float32_in_all_three_products() -> None:
+    """Sums of 2048 ones: an accumulator of bfloat16 stops at 256."""
+    ones = lambda *shape: jnp.ones(shape, jnp.bfloat16)  # noqa: E731
+    run = jax.jit(lambda x, w, g: (lambda out, vjp: (out, *vjp(g)))(*jax.vjp(matmul, x, w)))
+    out, _, _ = run(ones(8, 2048), ones(2048, 8), ones(8, 8))
+    _, dx, _ = run(ones(8, 8), ones(8, 2048), ones(8, 2048))
+    _, _, dw = run(ones(2048, 8), ones(8, 8), ones(2048, 8))
+    for product in (out, dx, dw):
+        assert product.dtype == jnp.bfloat16
+        assert (np.asarray(product, np.float32) == 2048).all()
+
+
+def test_float32_result_of_bfloat16_is_not_rounded() -> None:
+    out = matmul(jnp.ones((8, 257), jnp.bfloat16), jnp.ones((257, 8), jnp.bfloat16), dtype=jnp.float32)
+    assert out.dtype == jnp.float32 and float(out[0, 0]) == 257  # 257 is not a bfloat16
+
+
+def test_bias_and_its_gradient() -> None:
+    rng = np.random.default_rng(0)
+    x, bias, g = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 4), (4,), (3, 5, 4)))
+    out, vjp = jax.vjp(add_bias, x, bias)
+    dx, dbias = vjp(g)
+    np.testing.assert_allclose(out, x + bias)
+    np.testing.assert_array_equal(dx, g)
+    np.testing.assert_allclose(dbias, g.sum((0, 1)), rtol=1e-5)
+    assert sum_rows(jnp.ones((4096, 2), jnp.bfloat16)).tolist() == [4096, 4096]
