@@ -115,5 +115,6 @@ def test_with_a_reference_the_first_loss_is_log_two(tmp_path):
 
 def test_terms_of_the_mixture_of_experts():
     config = tiny.moe_model()
-    loss, router = DPOLoss(config, 0.1, "none")(tiny.init(config), pack_pairs([(0,), (1,)], pairs(), tiny.SHAPE, None))
+    packed = pack_pairs([(0,), (1,)], pairs(), tiny.SHAPE, None)
+    loss, router = jax.jit(DPOLoss(config, 0.1, "none"))(tiny.init(config), packed)
     assert float(loss.count) == 2 and float(router.count) == 4 * 2

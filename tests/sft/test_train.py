@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from mindjax.data.packing import pack
 from mindjax.losses.sft import sft_loss
 from mindjax.models import qwen3_vl
 from mindjax.sft.train import SFTConfig, SFTLoss, choose_shape, train
@@ -81,10 +84,19 @@ def kill_when(process, condition, seconds=120.0):
         while not condition():
             assert process.poll() is None, f"it ended before it could be killed: {process.stderr.read()}"
             assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.0005)
+            time.sleep(0.001)
     finally:
         process.kill()
         process.communicate()
+
+
+def unfinished(checkpoints):
+    """The half-written checkpoints, by name and inode, so that a new one is told from one a kill left."""
+    found = set()
+    for path in checkpoints.glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def test_kill_at_any_moment_changes_no_bit(whole, tmp_path):
@@ -92,10 +104,10 @@ def test_kill_at_any_moment_changes_no_bit(whole, tmp_path):
     step, checkpoints = random.randint(3, 12), tmp_path / "checkpoints"
     # At a random step, and then in the middle of a save.
     kill_when(start(tmp_path), lambda: len(read_metrics(tmp_path)) >= step)
-    done = len(read_metrics(tmp_path))
-    assert 0 < done < 24
-    kill_when(start(tmp_path), lambda: any("tmp" in path.name for path in checkpoints.glob("*")))
-    assert len(read_metrics(tmp_path)) < 24
+    assert 0 < len(read_metrics(tmp_path)) < 24
+    left = unfinished(checkpoints)
+    kill_when(start(tmp_path), lambda: unfinished(checkpoints) - left)
+    assert unfinished(checkpoints), "the kill missed the save"
     run(tmp_path)
     assert losses(tmp_path) == records
 
@@ -132,13 +144,11 @@ def test_stages_of_one_shape_share_a_compiled_step(whole, tmp_path):
 
 def test_the_loss_is_the_models_and_the_router_adds_its_coefficient():
     samples = tiny.samples(4, longest=16)
-    from mindjax.data.packing import pack
-
     batch = pack([samples[:2], samples[2:]], tiny.SHAPE)
     config = tiny.moe_model()
     params = tiny.init(config)
-    out = qwen3_vl.token_logprobs(params, config, batch)
-    main, router = SFTLoss(config, "sample", "none")(params, batch)
+    out = jax.jit(lambda params, batch: qwen3_vl.token_logprobs(params, config, batch))(params, batch)
+    main, router = jax.jit(SFTLoss(config, "sample", "none"))(params, batch)
     expected = sft_loss(out.logp, batch.loss_mask, segment_ids=batch.segment_ids, average="sample")
     np.testing.assert_allclose(main.sum, expected.sum, rtol=1e-6)
     assert float(main.count) == 4
@@ -152,3 +162,50 @@ def test_shape_follows_the_samples_unless_given():
     assert (shape.rows, shape.length, shape.vision_length) == (2, 64, 16)
     given = choose_shape(replace(CONFIG, length=32, vision_rows=7, vision_length=32), tiny.model(), samples)
     assert (given.length, given.vision_rows, given.vision_length) == (32, 7, 32)
+
+
+CHANGED = {
+    "epochs": 2,
+    "steps": 7,
+    "rows": 3,
+    "length": 96,
+    "vision_rows": 9,
+    "vision_length": 32,
+    "micro_batches": 1,
+    "average": "sample",
+    "optimizer": OptimizerConfig(b1=0.5),
+    "remat": "full",
+    "dtype": "bfloat16",
+    "seed": 5,
+    "drop_too_long": True,
+    "checkpoint_every": 9,
+    "keep_checkpoints": 5,
+    "evaluate_every": 3,
+}
+
+
+def test_every_setting_changes_something(monkeypatch, tmp_path):
+    seen = []
+
+    def capture(step, state, loader, *, identity, evaluate, **options):
+        batches = [loader.indices(i) for i in range(len(loader))]
+        seen.append(repr((step._loss_fn, step._dtype, step._config, loader[0][0].tokens.shape, batches, options)))
+        seen[-1] += repr(loader[0][0].vision.patches.shape) + repr(loader.dropped)
+
+    monkeypatch.setattr("mindjax.sft.train.fit", capture)
+    assert set(CHANGED) == {field.name for field in fields(SFTConfig)}
+
+    def observe(config, samples=None):
+        train(config, tiny.model(), tiny.init(tiny.model()), samples or tiny.samples(12), tmp_path)
+        return seen[-1]
+
+    base = observe(CONFIG)
+    for name, value in CHANGED.items():
+        if name == "drop_too_long":
+            long = [*tiny.samples(12), tiny.sample(np.random.default_rng(0), 80)]
+            with pytest.raises(ValueError, match="do not fit"):
+                observe(replace(CONFIG, length=64), long)
+            assert "(12,)" in observe(replace(CONFIG, length=64, drop_too_long=True), long)
+        else:
+            changes = {name: value, **({"steps": None} if name == "epochs" else {})}
+            assert observe(replace(CONFIG, **changes)) != base, f"{name} changes nothing"

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mindjax.data.packing import BatchShape, pack
 from mindjax.sft.train import SFTLoss
@@ -116,15 +117,16 @@ def test_the_same_loss_and_static_settings_share_a_step():
     assert train_step(replace(loss, average="sample"), OptimizerConfig()) is not first
 
 
-def test_clipping_scales_to_the_norm():
-    x = np.full((1, 1, 4), 3.0, np.float32)
+@pytest.mark.parametrize(("value", "clipped"), [(3.0, 1.0), (0.25, 0.25)])
+def test_clipping_scales_to_the_norm_and_leaves_smaller_ones(value, clipped):
+    x = np.full((1, 1, 4), value, np.float32)
     batch = (x, np.ones_like(x), np.zeros((1, 1, 1), np.float32))
     optimizer = OptimizerConfig(clip_norm=1.0, b1=0.0, b2=0.0, eps=1.0)
     step = TrainStep(Quadratic(), optimizer, "float32")
     state, metrics = step(TrainState.create({"w": jnp.float32(0.0)}, optimizer, jax.random.key(0)), batch, 1.0)
-    np.testing.assert_allclose(metrics["grad_norm"][0], 3.0, rtol=1e-6)
-    # Adam without memory: g / (|g| + eps), and g was clipped to 1.
-    np.testing.assert_allclose(state.params["w"], -0.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"][0], value, rtol=1e-6)
+    # Adam without memory: g / (|g| + eps).
+    np.testing.assert_allclose(state.params["w"], -clipped / (clipped + 1), rtol=1e-6)
 
 
 def test_bfloat16_compute_keeps_float32_updates_below_its_spacing():
