@@ -169,7 +169,7 @@ def _position_embedding(table: jax.Array, coordinates: jax.Array, config: Vision
     upper = source - jnp.floor(source)
     # As a matrix with four weights in each row: reading the table is a product, and so is its gradient, where four
     # gathers have a scatter that runs one row at a time on a CPU. In float32 as published: the weights do not fit bf16.
-    places = jnp.arange(side, dtype=jnp.float32)
+    places = jnp.arange(side, dtype=jnp.float32)[None, None, None]
     row, column = jnp.moveaxis(
         jnp.where(low[..., None] == places, 1 - upper[..., None], jnp.float32(0))
         + jnp.where(high[..., None] == places, upper[..., None], jnp.float32(0)),
