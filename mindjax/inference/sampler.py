@@ -175,7 +175,8 @@ def generate(
       keys: [len(prompts), num_samples] PRNG keys (`sampling_keys`); may be None for greedy answers.
       shape: of the prefill batches, when a loop wants the same for every call (`prompt_shape`); the smallest bucket
         by default.
-      max_rows: prompts x samples in one device batch; more prompts come in several batches of the same shape.
+      max_rows: prompts x samples in one device batch where `shape` does not say how many prompts; more prompts come
+        in several batches of the same shape.
 
     Returns:
       For each prompt its completions.

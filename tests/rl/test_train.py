@@ -16,9 +16,11 @@ from mindjax.data.render import append_completion
 from mindjax.experiment import load_experiment
 from mindjax.inference.generate import stop_token_ids
 from mindjax.inference.sampler import SamplingConfig, prompt_shape
+from mindjax.rl import train as rl_train
 from mindjax.rl.rewards import RewardConfig
 from mindjax.rl.rollout import Prompt, pack_responses, policy_shape, render_prompt, reply_text, roll_out
 from mindjax.rl.train import GSPOLoss, RLConfig, frozen_vision, main, train
+from mindjax.train.loop import NotFiniteError
 from mindjax.types import Completion, Sample
 from tests.inference.compiled import compilations
 from tests.rl import tiny
@@ -186,8 +188,15 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("moe", [False, pytest.param(True, marks=pytest.mark.prove)])
-def test_resumes_to_the_bit(moe: bool, tmp_path: Path) -> None:
+def test_resumes_to_the_bit(moe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, params, processor = tiny.policy(moe)
+    sampled: list[tuple[int, int]] = []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        sampled.append((kwargs["seed"], kwargs["step"]))
+        return roll_out(*args, **kwargs)
+
+    monkeypatch.setattr(rl_train, "roll_out", recording)
     settings = replace(SMALL, steps=5, checkpoint_every=2, evaluate_every=1, max_new_tokens=1, micro_batches=2)
     steps: list[Any] = []
 
@@ -209,19 +218,30 @@ def test_resumes_to_the_bit(moe: bool, tmp_path: Path) -> None:
     for a, b in zip(*(jax.tree.leaves(result.params) for result in (whole, resumed)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert whole.steps == resumed.steps == 5
+    assert sampled == [(0, step) for step in (0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4)], "keys follow the step"
     with pytest.raises(ValueError, match=r"rl.eps_low: was 0.2, is 0.1"):
         train(replace(settings, eps_low=0.1), config, params, letters(), processor, tmp_path / "whole")
 
 
-def test_every_prompt_comes_once_an_epoch_and_seeds_differ(policy: tuple[Any, ...]) -> None:
-    from mindjax.rl.train import _Loop
+def test_stops_when_something_is_not_finite(tmp_path: Path) -> None:
+    """The batch is kept for study, and the ruined state is not saved over a good one."""
+    config, params, processor = tiny.policy()
+    settings = replace(SMALL, steps=5, checkpoint_every=1, max_new_tokens=1, micro_batches=2)
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params)
+    with pytest.raises(NotFiniteError, match=r"step 1 is not finite .*nan_batch\.npz"):
+        train(settings, config, broken, letters(), processor, tmp_path)
+    saved = np.load(tmp_path / "nan_batch.npz")
+    assert any(name.endswith("tokens") for name in saved) and any(name.endswith("advantages") for name in saved)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
+
+def test_every_prompt_comes_once_an_epoch_and_seeds_differ(policy: tuple[Any, ...]) -> None:
     config, _, processor = policy
     prompts = [Prompt(i, sample, render_prompt(sample, processor)) for i, sample in enumerate(letters())]
-    loop = _Loop.build(SMALL, config, processor, prompts)
+    loop = rl_train._Loop.build(SMALL, config, processor, prompts)
     epochs = [[prompt.index for step in (2 * e, 2 * e + 1) for prompt in loop.choose(step)] for e in range(3)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
-    other = _Loop.build(replace(SMALL, seed=1), config, processor, prompts)
+    other = rl_train._Loop.build(replace(SMALL, seed=1), config, processor, prompts)
     assert [prompt.index for prompt in other.choose(0)] != epochs[0][:4]
 
 
