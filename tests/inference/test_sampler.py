@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,8 +37,17 @@ PIECES: list[list[Any]] = [
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     """(transformers model, config, parameters, prompts)."""
     # Untied: a random tied model repeats its last token for ever.
-    config = DENSE if request.param == "dense" else replace(MOE, tie_word_embeddings=False)
-    folder = tmp_path_factory.mktemp(request.param)
+    moe = request.param == "moe"
+    return build(replace(MOE, tie_word_embeddings=False) if moe else DENSE, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """The same, for what does not depend on the kind of layer."""
+    return build(DENSE, tmp_path_factory.mktemp("dense"))
+
+
+def build(config: ModelConfig, folder: Path) -> tuple[Any, ...]:
     model = transformers_model(config, folder)
     layout = "transformers" if config.text.num_experts else None
     params = hf_weights.load(folder, config, dtype=jnp.float32, layout=layout)
@@ -109,14 +119,15 @@ def test_logprobs_are_those_of_the_trainer(setting: tuple[Any, ...], temperature
 
 
 def test_rows_do_not_depend_on_their_batch(setting: tuple[Any, ...]) -> None:
-    """A prompt alone, with others, in another place, in smaller device batches: the same tokens."""
+    """A prompt alone, with others, in another place, in another order: the same tokens."""
     _, config, params, prompts = setting
     sampling = SamplingConfig(max_new_tokens=24, num_samples=2)
     numbers = [7, 3, 11, 5]
+    one = prompt_shape([size_of(prompt) for prompt in prompts], 1, config)
     together = generate(params, config, prompts, sampling=sampling, keys=sampling_keys(1, 2, numbers, 2))
     for order in ([3], [2, 0], [1, 3, 0]):
         some = generate(
-            params, config, [prompts[i] for i in order], sampling=sampling, max_rows=2,
+            params, config, [prompts[i] for i in order], sampling=sampling, shape=one,
             keys=sampling_keys(1, 2, [numbers[i] for i in order], 2),
         )  # fmt: skip
         assert [[c.token_ids for c in row] for row in some] == [[c.token_ids for c in together[i]] for i in order]
@@ -137,8 +148,8 @@ def test_keys_repeat_by_seed_and_differ_otherwise() -> None:
     assert not base & bits(0, 0, [4, 5], 4)
 
 
-def test_stop_tokens_end_rows_early_and_alone(setting: tuple[Any, ...]) -> None:
-    _, config, params, prompts = setting
+def test_stop_tokens_end_rows_early_and_alone(dense: tuple[Any, ...]) -> None:
+    _, config, params, prompts = dense
     free = generate(params, config, prompts, sampling=SamplingConfig(max_new_tokens=20, temperature=0.0))
     stops = (free[0][0].token_ids[4], free[2][0].token_ids[9])
     sampling = SamplingConfig(max_new_tokens=20, temperature=0.0, stop_token_ids=stops)
@@ -152,9 +163,9 @@ def test_stop_tokens_end_rows_early_and_alone(setting: tuple[Any, ...]) -> None:
     assert generate(params, config, prompts, sampling=ignoring) == free
 
 
-def test_loop_ends_when_every_row_has(setting: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_ends_when_every_row_has(dense: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are counted inside the compiled loop: a stop token at step 3 of 512 leaves the rest undone."""
-    _, config, params, prompts = setting
+    _, config, params, prompts = dense
     steps: list[int] = []
     step = sampler._decode_step
 
@@ -177,9 +188,9 @@ def test_loop_ends_when_every_row_has(setting: tuple[Any, ...], monkeypatch: pyt
     sampler._decode.clear_cache()
 
 
-def test_picture_tokens_are_never_drawn(setting: tuple[Any, ...]) -> None:
+def test_picture_tokens_are_never_drawn(dense: tuple[Any, ...]) -> None:
     """Nor when the model is nearly sure of one."""
-    _, config, params, prompts = setting
+    _, config, params, prompts = dense
     banned = pictures(config)
     loud = jax.tree.map(lambda leaf: leaf, params)
     name = "head" if "head" in loud["text"] else "embed"
@@ -239,9 +250,9 @@ def test_draws_follow_the_softmax_at_the_temperature() -> None:
     assert (np.abs(counts / draws - expected) < 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-9).all()
 
 
-def test_steady_state_compiles_nothing(setting: tuple[Any, ...]) -> None:
+def test_steady_state_compiles_nothing(dense: tuple[Any, ...]) -> None:
     """Other prompts, lengths, images, temperatures, limits and stop tokens within the buckets."""
-    _, config, params, prompts = setting
+    _, config, params, prompts = dense
     rng = np.random.default_rng(5)
     shape = prompt_shape([size_of(prompt) for prompt in prompts], 4, config)
 
@@ -261,8 +272,8 @@ def test_steady_state_compiles_nothing(setting: tuple[Any, ...]) -> None:
     assert not seen
 
 
-def test_bad_requests_are_refused(setting: tuple[Any, ...]) -> None:
-    _, config, params, prompts = setting
+def test_bad_requests_are_refused(dense: tuple[Any, ...]) -> None:
+    _, config, params, prompts = dense
     with pytest.raises(ValueError, match="needs keys"):
         generate(params, config, prompts, sampling=SamplingConfig())
     with pytest.raises(ValueError, match=r"one per prompt and sample, \(4, 2\)"):
