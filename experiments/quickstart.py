@@ -17,9 +17,9 @@ def get_config(size: str = "") -> ConfigDict:
     config = ConfigDict()
     config.kind = "pipeline"
     config.seed = 0
-    config.max_pixels = 64 * 96
-    config.knowledge = ("digit_read", "word_read", "describe", "colour", "quadrant")
-    config.ability = ("relation", "digit_largest", "digit_count", "digit_any", "locate")
+    config.max_pixels = 96 * 96
+    config.knowledge = ("digit_read", "letters_read", "shape", "quadrant")
+    config.ability = ("colour", "digit_largest", "digit_count", "digit_any", "locate")
     # Several replies are right, and a demonstration is one of them at random: here exploring can help.
     config.explore = ("digit_any", "locate")
     config.max_new_tokens = 16
@@ -27,20 +27,21 @@ def get_config(size: str = "") -> ConfigDict:
     config.model = _model(debug, moe)
 
     config.data = data = ConfigDict()
-    data.knowledge = 20 if debug else 3500
-    data.ability = 20 if debug else 3000
+    data.knowledge = 20 if debug else 5000
+    data.ability = 20 if debug else 4000
     data.replay = 10 if debug else 2000
-    data.preference = 4 if debug else 250
-    data.explore = 16 if debug else 1500
+    data.preference = 4 if debug else 400
+    data.explore = 8 if debug else 2500
+    data.rehearse = 1 if debug else 100
     data.pairs = 2 if debug else 60
-    data.probe = 2 if debug else 40
-    data.held_out = 4 if debug else 150
-    data.variants = 1 if debug else 30
+    data.probe = 2 if debug else 100
+    data.held_out = 4 if debug else 200
+    data.variants = 1 if debug else 40
 
-    config.sft_knowledge = _sft(debug, steps=1600)
-    config.sft_ability = _sft(debug, steps=1400)
-    config.sft_preference = _sft(debug, steps=500, learning_rate=4e-3)
-    config.sft_continued = _sft(debug, steps=300, learning_rate=2e-3)
+    config.sft_knowledge = _sft(debug, steps=1800)
+    config.sft_ability = _sft(debug, steps=3000)
+    config.sft_preference = _sft(debug, steps=1000, learning_rate=4e-3)
+    config.sft_continued = _sft(debug, steps=1700, learning_rate=2e-3)
     config.gspo = _gspo(debug)
     config.dpo = _dpo(debug)
     return config
@@ -73,8 +74,9 @@ def _model(debug: bool, moe: bool) -> ConfigDict:
     vision.num_heads = 4
     vision.out_hidden_size = text.hidden_size
     vision.deepstack_visual_indexes = (0,)
-    vision.num_position_embeddings = 256
-    vision.patch_size = 8
+    vision.num_position_embeddings = 64
+    # With merging a token shows 32 x 32 pixels, the cell that a digit, a letter or a shape stands in.
+    vision.patch_size = 16
     # Still pictures only: a second frame would show every pixel twice.
     vision.temporal_patch_size = 1
     return model
@@ -85,11 +87,11 @@ def _sft(debug: bool, steps: int, learning_rate: float = 6e-3) -> ConfigDict:
     sft = ConfigDict()
     sft.steps = 3 if debug else steps
     # About 36 questions a step.
-    sft.rows = 4 if debug else 10
+    sft.rows = 4 if debug else 8
     sft.length = 128
-    sft.vision_rows = 6 if debug else 12
-    sft.vision_length = 192
-    sft.checkpoint_every = 0 if debug else 400
+    sft.vision_rows = 4 if debug else 8
+    sft.vision_length = 96
+    sft.checkpoint_every = 0 if debug else 500
     sft.keep_checkpoints = 1
     sft.optimizer = _optimizer(learning_rate)
     sft.optimizer.warmup_steps = 1 if debug else 30
@@ -98,19 +100,19 @@ def _sft(debug: bool, steps: int, learning_rate: float = 6e-3) -> ConfigDict:
 
 def _gspo(debug: bool) -> ConfigDict:
     gspo = ConfigDict()
-    gspo.steps = 2 if debug else 120
+    gspo.steps = 2 if debug else 400
     gspo.prompts_per_step = 4 if debug else 16
     gspo.samples_per_prompt = 4 if debug else 8
     gspo.updates_per_rollout = 2
     gspo.responses_per_row = 1
-    gspo.max_new_tokens = 8
+    gspo.max_new_tokens = 10
     # Answers have three or four tokens: a ratio of 1.2 is a usual step here, where the 3e-4 of long answers would
     # clip all but the first update.
     gspo.eps_low = 0.2
     gspo.eps_high = 0.28
-    gspo.checkpoint_every = 0 if debug else 40
+    gspo.checkpoint_every = 0 if debug else 100
     gspo.keep_checkpoints = 1
-    gspo.optimizer = _optimizer(1e-3)
+    gspo.optimizer = _optimizer(2e-3)
     gspo.optimizer.schedule = "linear"
     gspo.optimizer.final_fraction = 0.1
     gspo.optimizer.weight_decay = 0.0
@@ -123,10 +125,10 @@ def _dpo(debug: bool) -> ConfigDict:
     dpo.epochs = 1
     dpo.beta = 0.3
     dpo.reference = True
-    dpo.rows = 4 if debug else 10
+    dpo.rows = 4 if debug else 8
     dpo.length = 128
     dpo.keep_checkpoints = 1
-    dpo.optimizer = _optimizer(5e-4)
+    dpo.optimizer = _optimizer(2e-4)
     dpo.optimizer.weight_decay = 0.0
     return dpo
 

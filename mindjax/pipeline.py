@@ -65,7 +65,8 @@ class DataSizes:
       knowledge, ability: of a stage's own families.
       replay: of the knowledge families in the ability stage.
       preference: of every family in the preference stage, in each form.
-      explore: of the families that GSPO and continued SFT train on.
+      explore: of the families where GSPO and continued SFT are compared.
+      rehearse: of all others, and of every family in boxed form, that both arms see beside them.
       pairs: prompts from which DPO makes preference pairs, in each form.
       probe: fresh items of training sources that measure what the ability stage should blend.
       held_out: of held-out sources, for the accuracies.
@@ -77,6 +78,7 @@ class DataSizes:
     replay: int
     preference: int
     explore: int
+    rehearse: int
     pairs: int
     probe: int
     held_out: int
@@ -91,7 +93,8 @@ class PipelineConfig:
       seed: of everything that is drawn: initial weights, items, order, samples.
       model: shapes; the vocabulary size bounds the tokenizer that is trained on the spot.
       max_pixels: of an image.
-      knowledge, ability, explore: families of `mindjax.data.tasks` that stage 1, stage 2 and the two arms train.
+      knowledge, ability: families of `mindjax.data.tasks` that stage 1 and stage 2 train.
+      explore: those of them where GSPO is compared with continued SFT.
       data: how many items of each.
       sft_knowledge, sft_ability, sft_preference, sft_continued: see `SFTConfig`; equal shapes share a compiled step.
       gspo: see `RLConfig`.
@@ -220,9 +223,7 @@ class Pipeline:
     def baselines(self) -> dict[str, float]:
         """What a reply without looking reaches on the held-out items of each family."""
         return {
-            family: blind_baseline(
-                self._draw(family, 1, 400), [s for s in self.held_out["cloze"] if s.task == family]
-            )
+            family: blind_baseline(self._draw(family, 1, 400), [s for s in self.held_out["cloze"] if s.task == family])
             for family in (*self.config.families, "text_only")
         }
 
@@ -263,7 +264,13 @@ class Pipeline:
     @cached_property
     def _explored(self) -> list[Sample]:
         """What both arms of the comparison see: the one the prompts and verdicts, the other the references."""
-        return [s for family in self.config.explore for s in self._draw(family, 4, self.config.data.explore)]
+        data, families = self.config.data, (*self.config.families, "text_only")
+        samples = [s for family in self.config.explore for s in self._draw(family, 4, data.explore)]
+        for family in families:
+            if family not in self.config.explore:
+                samples += self._draw(family, 4, data.rehearse)
+            samples += self._draw(family, 4, data.rehearse, "boxed")
+        return samples
 
     def _gspo(self, params: Params, folder: Path) -> tuple[TrainResult, dict[str, Any]]:
         config = replace(self.config.gspo, seed=self.config.seed)
@@ -295,8 +302,9 @@ class Pipeline:
         """Pairs from the model's own replies: a right one, or the reference, against a wrong one."""
         samples = [
             s
-            for family in self.config.families
+            for family in (*self.config.families, "text_only")
             for variant in ("preference", "ablated_preference")
+            if variant == "preference" or family != "text_only"  # which has no picture to take away
             for s in self._draw(family, 5, self.config.data.pairs, variant)  # type: ignore[arg-type]
         ]
         replies = self._ask(params, samples, temperature=1.0)
@@ -319,9 +327,7 @@ class Pipeline:
 
     # Around a stage
 
-    def _stage(
-        self, place: str, name: str, work: Callable[[Params, Path], tuple[TrainResult, dict[str, Any]]]
-    ) -> None:
+    def _stage(self, place: str, name: str, work: Callable[[Params, Path], tuple[TrainResult, dict[str, Any]]]) -> None:
         """Runs, evaluates and records one stage, unless that was done before."""
         folder = self.workdir / "stages" / name
         if (folder / "result.json").exists():

@@ -41,7 +41,8 @@ def lines(title: str, series: Sequence[Series], *, x_label: str = "step", zero: 
         return ""
     xs = [float(x) for s in series for x in s.x]
     ys = [float(y) for s in series for y in s.y if math.isfinite(y)]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(0.0, *ys) if zero else min(ys), max(ys))
+    x_ticks = [t for t in ticks(min(xs), max(xs)) if t == int(t)]  # steps are whole
+    y_ticks = ticks(min(0.0, *ys) if zero else min(ys), max(ys))
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -72,7 +73,8 @@ def lines(title: str, series: Sequence[Series], *, x_label: str = "step", zero: 
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b><span class="legend">{names}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}'
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{escape(x_label)}</text></svg></figure>'
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{escape(x_label)}</text>'
+        "</svg></figure>"
     )
 
 

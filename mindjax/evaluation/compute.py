@@ -47,7 +47,9 @@ class Compute:
 
     def sft_step(self, shape: BatchShape, *, micro_batches: int = 1) -> float:
         """One update of all parameters: forward and backward of everything."""
-        forward = self.text(shape.rows, shape.length, shape.length) + self.vision(shape.vision_rows, shape.vision_length)
+        forward = self.text(shape.rows, shape.length, shape.length) + self.vision(
+            shape.vision_rows, shape.vision_length
+        )
         return 3.0 * micro_batches * forward
 
     def gspo_step(

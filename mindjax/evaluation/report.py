@@ -36,13 +36,12 @@ COLOURS = {
 }  # fmt: skip
 DESCRIPTIONS = {
     "digit_read": "three handwritten digits, read in order",
-    "word_read": "a word in an unseen font over an unseen photograph",
+    "letters_read": "three letters in an unseen font over an unseen photograph",
+    "shape": "colour and kind of the one shape on a photograph",
     "quadrant": "the quarter of a photograph that holds a cross",
-    "describe": "colour, shape and place of two shapes",
     "colour": "the colour of one of two shapes",
-    "relation": "where one shape lies, seen from another",
     "digit_largest": "the place of the largest of three digits",
-    "digit_count": "how often a digit occurs among six",
+    "digit_count": "how often a digit occurs among four",
     "digit_any": "any one of three two-digit numbers",
     "locate": "how far right a cross lies, in percent, within 5",
     "text_only": "the same kind of question about digits written as text",
@@ -167,7 +166,9 @@ def _header(run: RunFiles) -> str:
     if results:
         # The last stage on the line that leads to the exported model.
         final = next(stage for stage in ("dpo", "gspo", "preference", "ability", "knowledge") if stage in results)
-        cards.append((f"{run.mean(final, 'cloze'):.0%}", f"mean held-out accuracy after {TITLES[final]}; blind {baseline:.0%}"))
+        cards.append(
+            (f"{run.mean(final, 'cloze'):.0%}", f"mean held-out accuracy after {TITLES[final]}; blind {baseline:.0%}")
+        )
     if {"gspo", "continued"} <= results.keys():
         gain = run.difference("gspo", "continued", "cloze", summary["explore"])
         cards.append((f"{100 * gain.mean:+.1f}", "points: GSPO over continued SFT of equal compute, where it explores "
@@ -195,9 +196,9 @@ def _accuracies(run: RunFiles) -> str:
     greedy, sampled = _table(run, "cloze"), _table(run, "cloze_sampled")
     return _section(
         "Held-out accuracy after every stage",
-        f"{items} items a family, with 95 % Wilson intervals. <b>Blind</b> is the best constant reply to each question, "
-        "chosen on training items. A dot marks the families that a stage trains; GSPO and continued SFT are two arms "
-        "that start from the same model.",
+        f"{items} items a family, 95 % Wilson intervals. <b>Blind</b> is the best constant reply to each question, "
+        "chosen on training items. A dot marks what a stage trains above all; GSPO and continued SFT are two arms that "
+        "start from the same model.",
         '<div class="tabs"><input type="radio" name="t" id="t1" checked><label for="t1">greedy</label>'
         '<input type="radio" name="t" id="t2"><label for="t2">sampled at temperature 1</label>'
         f"<div class=tab>{greedy}</div><div class=tab>{sampled}</div></div>",
@@ -207,14 +208,9 @@ def _accuracies(run: RunFiles) -> str:
 def _trained(run: RunFiles, stage: str) -> set[str]:
     summary = run.summary
     knowledge, ability, explore = set(summary["knowledge"]), set(summary["ability"]), set(summary["explore"])
-    return {
-        "knowledge": knowledge,
-        "ability": knowledge | ability,
-        "preference": set(run.families),
-        "gspo": explore,
-        "continued": explore,
-        "dpo": knowledge | ability,
-    }[stage]
+    return {"knowledge": knowledge, "ability": knowledge | ability, "gspo": explore, "continued": explore}.get(
+        stage, set(run.families)
+    )
 
 
 def _table(run: RunFiles, name: str) -> str:
@@ -259,17 +255,19 @@ def _arms(run: RunFiles) -> str:
             rows.append(
                 f"<tr><th>{escape(label)}<small>{how}</small></th>"
                 + "".join(f"<td>{value:.1%}</td>" for value in means)
-                + f"<td><b>{100 * gain.mean:+.1f}</b><small>{100 * gain.low:+.1f} to {100 * gain.high:+.1f}</small></td>"
+                + f"<td><b>{100 * gain.mean:+.1f}</b>"
+                f"<small>{100 * gain.low:+.1f} to {100 * gain.high:+.1f}</small></td>"
                 f"<td>{charts.interval(gain.mean, gain.low, gain.high, span=0.4, colour=colour)}</td></tr>"
             )
     ratio = continued["flops"] / gspo["flops"]
     return _section(
         "Does exploring help? Two arms from one checkpoint",
-        f"Both arms start from SFT-Preference and see the same {gspo['prompts']} prompts. Continued SFT imitates the "
+        f"Both arms start from SFT-Preference and see the same {gspo['prompts']:,} prompts, most of these two "
+        "families, some of every other. Continued SFT imitates the "
         "reference replies and trains every parameter; GSPO sees verdicts on its own replies, its vision encoder is "
         f"frozen. Arithmetic: GSPO {gspo['flops'] / 1e12:.1f} TFLOP in {gspo['train_seconds']:.0f} s, continued SFT "
-        f"{continued['flops'] / 1e12:.1f} TFLOP in {continued['train_seconds']:.0f} s ({ratio:.2f} times the arithmetic, "
-        "counted on the shapes that are executed). Differences in points with paired 95 % bootstrap intervals over "
+        f"{continued['flops'] / 1e12:.1f} TFLOP in {continued['train_seconds']:.0f} s ({ratio:.2f} times the "
+        "arithmetic, counted on the shapes that are executed). Differences in points with paired 95 % bootstrap intervals over "
         "held-out items of this seed.",
         '<div class="scroll"><table><thead><tr><th>family</th><th>before</th><th>continued SFT</th><th>GSPO</th>'
         f"<th>gain</th><th>-40 · 0 · +40 points</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
@@ -317,7 +315,9 @@ def _curves(run: RunFiles) -> str:
         if "accuracy" in records[0]:
             shown.append(charts.lines("DPO: pairs in the right order", [charts.Series(
                 "", steps, [r["accuracy"] for r in records], COLOURS["dpo"])], zero=True, smooth=7))  # fmt: skip
-    return _section("Curves", "Faint: every step. Strong: a running mean.", f'<div class="charts">{"".join(shown)}</div>')
+    return _section(
+        "Curves", "Faint: every step. Strong: a running mean.", f'<div class="charts">{"".join(shown)}</div>'
+    )
 
 
 def _forgetting(run: RunFiles) -> str:
@@ -342,8 +342,8 @@ def _forgetting(run: RunFiles) -> str:
     )
     return _section(
         "What each stage gained and forgot",
-        "Change of greedy accuracy in points against the stage before. Coloured where the paired 95 % interval excludes "
-        "zero, grey where it does not.",
+        "Change of greedy accuracy in points against the stage before. Coloured where the paired 95 % interval "
+        "excludes zero, grey where it does not.",
         f'<div class="scroll"><table class="change"><thead><tr><th>family</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>",
     )
@@ -355,14 +355,15 @@ def _forms(run: RunFiles) -> str:
     stages, rows = list(run.results), []
     for name, (title, note) in FORMS.items():
         cells = "".join(
-            f'<td style="--heat:{run.mean(stage, name):.3f}"><b>{run.mean(stage, name):.0%}</b></td>' for stage in stages
+            f'<td style="--heat:{run.mean(stage, name):.3f}"><b>{run.mean(stage, name):.0%}</b></td>'
+            for stage in stages
         )
         rows.append(f"<tr><th>{escape(title)}<small>{escape(note)}</small></th>{cells}</tr>")
     head = "".join(f"<th>{escape(TITLES[stage])}</th>" for stage in stages)
     return _section(
         "Other forms of the same questions",
-        "Mean over families, greedy. SFT-Preference is the first stage that teaches these forms; GSPO and continued SFT "
-        "train the plain form alone, so that a fall here is forgetting.",
+        "Mean over families, greedy. SFT-Preference is the first stage that teaches these forms; GSPO and continued "
+        "SFT rehearse the boxed form and see neither of the others, DPO has pairs of the first and the last.",
         f'<div class="scroll"><table class="heat"><thead><tr><th>form</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>",
     )
@@ -410,7 +411,9 @@ def _costs(run: RunFiles) -> str:
     total = sum(r["train_seconds"] + r["evaluation_seconds"] for r in run.results.values())
     rows, parts = [], []
     for stage, result in run.results.items():
-        parts.append((result["train_seconds"], COLOURS[stage], f"{TITLES[stage]}: training {result['train_seconds']:.0f} s"))
+        parts.append(
+            (result["train_seconds"], COLOURS[stage], f"{TITLES[stage]}: training {result['train_seconds']:.0f} s")
+        )
         parts.append((result["evaluation_seconds"], "var(--line)", f"evaluation {result['evaluation_seconds']:.0f} s"))
         resumed = " (resumed: seconds since then)" if result["resumed"] else ""
         rows.append(
@@ -420,8 +423,8 @@ def _costs(run: RunFiles) -> str:
         )
     return _section(
         "Time and memory",
-        "Training with its compilation, data and checkpoints; evaluation (grey) with its compilation, and saving. Memory "
-        "is the peak of the process up to the end of the stage.",
+        "Training with its compilation, data and checkpoints; evaluation (grey) with its compilation, and saving. "
+        "Memory is the peak of the process up to the end of the stage.",
         charts.bar(parts, total)
         + '<div class="scroll"><table><thead><tr><th>stage</th><th>steps</th><th>training</th><th>evaluation</th>'
         f"<th>memory</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
@@ -439,11 +442,13 @@ def _reproduce(run: RunFiles) -> str:
         "seed": run.summary["seed"],
         "language model": f"{text['num_hidden_layers']} layers of {text['hidden_size']}, "
         f"{text['num_attention_heads']} heads of {text['head_dim']}, {text['num_key_value_heads']} for keys and values",
-        "vision encoder": f"{vision['depth']} layers of {vision['hidden_size']}, patches of {vision['patch_size']} pixels",
+        "vision encoder": f"{vision['depth']} layers of {vision['hidden_size']}, patches of {vision['patch_size']}",
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "blend of SFT-Ability": ", ".join(f"{family} {share:.0%}" for family, share in blend.items()),
     }
-    rows = "".join(f"<tr><th>{escape(k)}</th><td><code>{escape(str(v))}</code></td></tr>" for k, v in facts.items() if v)
+    rows = "".join(
+        f"<tr><th>{escape(k)}</th><td><code>{escape(str(v))}</code></td></tr>" for k, v in facts.items() if v
+    )
     return _section(
         "To do it again",
         "The same command with the same seed gives the same numbers on the same machine.",

@@ -1,5 +1,6 @@
 """The style sheet of the report: light or dark as the reader's system is, narrow windows included."""
 
+# ruff: noqa: E501
 CSS = """
 :root{--paper:#fbfaf7;--panel:#fff;--ink:#1d2433;--muted:#6b7385;--line:#e3e1da;--accent:#2457c5;
 --heat:0;--good:#16805a;--bad:#c2412d;--c1:#2457c5;--c2:#7a4fd0;--c3:#b0309a;--c4:#16805a;--c5:#d07a14;--c6:#0d8fa8}

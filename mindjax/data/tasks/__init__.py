@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mindjax.data.tasks import digits, shapes, text, words
+from mindjax.data.tasks import digits, letters, shapes, text
 from mindjax.data.tasks.item import Item
 from mindjax.data.tasks.sources import Split
 from mindjax.types import Sample
@@ -17,11 +17,10 @@ Variant = Literal["cloze", "choice", "boxed", "ablated", "preference", "ablated_
 
 FAMILIES: dict[str, Callable[[Split, np.random.Generator], Item]] = {
     "digit_read": digits.digit_read,
-    "word_read": words.word_read,
+    "letters_read": letters.letters_read,
+    "shape": shapes.shape,
     "quadrant": shapes.quadrant,
-    "describe": shapes.describe,
     "colour": shapes.colour,
-    "relation": shapes.relation,
     "digit_largest": digits.digit_largest,
     "digit_count": digits.digit_count,
     "digit_any": digits.digit_any,
@@ -81,7 +80,7 @@ def _cloze(item: Item, id: str, task: str, rng: np.random.Generator) -> Sample:
 def _choice(item: Item, id: str, task: str, rng: np.random.Generator) -> Sample:
     """Three offered replies, one of them right, answered by its letter."""
     place = int(rng.integers(3))
-    offered = [str(w) for w in rng.choice(sorted(set(item.wrong)), 2, replace=False)]
+    offered = [str(w) for w in rng.choice(item.wrong, 2, replace=False)]
     offered.insert(place, item.reply)
     question = item.question + "".join(f" {letter}: {text}" for letter, text in zip(_LETTERS, offered, strict=True))
     return _sample(_user(item, question), _LETTERS[place], id, task, {"kind": "exact", "value": _LETTERS[place]})
@@ -104,8 +103,12 @@ def _ablated(item: Item, id: str, task: str, rng: np.random.Generator) -> Sample
 
 
 def _preference(item: Item, id: str, task: str, rng: np.random.Generator) -> Sample:
-    """The boxed right reply against a boxed wrong one, or against the right one without its box."""
-    rejected = boxed(str(rng.choice(item.wrong))) if rng.random() < 0.7 else item.reply
+    """The right reply against a wrong one, plain or boxed, or the boxed one against the same without its box."""
+    kind = rng.choice(("plain", "boxed", "form"), p=(0.5, 0.3, 0.2))
+    wrong = str(rng.choice(item.wrong))
+    if kind == "plain":
+        return _sample(_user(item, item.question), item.reply, id, task, item.answer, wrong)
+    rejected = boxed(wrong) if kind == "boxed" else item.reply
     answer = {**item.answer, "boxed": True}
     return _sample(_user(item, f"{item.question} Box it."), boxed(item.reply), id, task, answer, rejected)
 

@@ -17,7 +17,7 @@ class Item:
       question: what is asked.
       reply: one right reply, drawn uniformly where there are several.
       answer: what `verify.is_right` needs.
-      wrong: plausible wrong replies, at least two, for multiple choice and preference pairs.
+      wrong: different plausible wrong replies, at least two, for multiple choice and preference pairs.
       sources: names of the glyphs, photographs and fonts in the picture.
     """
 

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from mindjax.data.tasks.item import Item
-from mindjax.data.tasks.sources import Split, background, paint
+from mindjax.data.tasks.sources import CELL, Split, background, paint
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
@@ -18,7 +18,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (5, 5, 5),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 TOLERANCE = 5  # percent of the width, for `locate`
 
@@ -55,72 +54,48 @@ def _canvas(split: Split, rng: np.random.Generator, height: int, width: int) -> 
     return 128 + rng.uniform(0.5, 0.9) * (photograph - 128), name
 
 
+def _inside(quarter: int, size: int, rng: np.random.Generator) -> tuple[float, float]:
+    """A centre (y, x) in a quarter of a picture of 2 x 2 cells, such that a shape of that size lies in it."""
+    room = (CELL - size - 2) / 2
+    return CELL * (quarter // 2 + 0.5) + rng.uniform(-room, room), CELL * (quarter % 2 + 0.5) + rng.uniform(-room, room)
+
+
 def quadrant(split: Split, rng: np.random.Generator) -> Item:
     """In which quarter of the photograph a cross lies."""
-    row, column = int(rng.integers(2)), int(rng.integers(2))
-    canvas, name = _canvas(split, rng, 64, 64)
-    y, x = 32 * row + rng.uniform(9, 23), 32 * column + rng.uniform(9, 23)
-    _draw(canvas, "cross", y, x, int(rng.integers(14, 19)), str(rng.choice(list(COLOURS))))
-    reply = QUARTERS[2 * row + column]
+    quarter, size = int(rng.integers(4)), int(rng.integers(16, 25))
+    canvas, name = _canvas(split, rng, 2 * CELL, 2 * CELL)
+    _draw(canvas, "cross", *_inside(quarter, size, rng), size, str(rng.choice(list(COLOURS))))
+    reply = QUARTERS[quarter]
     wrong = tuple(q for q in QUARTERS if q != reply)
     answer = {"kind": "exact", "value": reply}
     return Item(canvas.astype(np.uint8), "Which quarter is the cross in?", reply, answer, wrong, (name,))
 
 
+def shape(split: Split, rng: np.random.Generator) -> Item:
+    """Colour and kind of the one shape in the photograph."""
+    said_colour, said_shape, size = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(20, 29))
+    canvas, name = _canvas(split, rng, 2 * CELL, 2 * CELL)
+    _draw(canvas, said_shape, *_inside(int(rng.integers(4)), size, rng), size, said_colour)
+    reply = f"{said_colour} {said_shape}"
+    other_colour = str(rng.choice([c for c in COLOURS if c != said_colour]))
+    other_shape = str(rng.choice([s for s in SHAPES if s != said_shape]))
+    wrong = (f"{other_colour} {said_shape}", f"{said_colour} {other_shape}", f"{other_colour} {other_shape}")
+    answer = {"kind": "exact", "value": reply}
+    return Item(canvas.astype(np.uint8), "What shape is there?", reply, answer, wrong, (name,))
+
+
 def colour(split: Split, rng: np.random.Generator) -> Item:
-    """The colour of one of two shapes."""
+    """The colour of one of two shapes, which the question names."""
     first, second = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
     asked, other = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
-    canvas, name = _canvas(split, rng, 64, 64)
-    for shape, shape_colour, quarter in zip((asked, other), (first, second), rng.choice(4, 2, replace=False), strict=True):
-        _draw(canvas, shape, *_inside(quarter, rng), int(rng.integers(15, 21)), shape_colour)
+    canvas, name = _canvas(split, rng, 2 * CELL, 2 * CELL)
+    quarters = (int(q) for q in rng.choice(4, 2, replace=False))
+    for kind, said, quarter in zip((asked, other), (first, second), quarters, strict=True):
+        size = int(rng.integers(20, 29))
+        _draw(canvas, kind, *_inside(quarter, size, rng), size, said)
     wrong = (second, *(c for c in COLOURS if c not in (first, second)))
     answer = {"kind": "exact", "value": first}
     return Item(canvas.astype(np.uint8), f"What colour is the {asked}?", first, answer, wrong, (name,))
-
-
-def _inside(quarter: int, rng: np.random.Generator) -> tuple[float, float]:
-    """A centre (y, x) in a quarter of a 64 x 64 picture."""
-    return 32 * (quarter // 2) + rng.uniform(12, 20), 32 * (quarter % 2) + rng.uniform(12, 20)
-
-
-def describe(split: Split, rng: np.random.Generator) -> Item:
-    """What shapes there are and where, in reading order: much to learn from one picture."""
-    quarters = sorted(int(q) for q in rng.choice(4, 2, replace=False))
-    colours = [str(c) for c in rng.choice(list(COLOURS), 2, replace=False)]
-    shapes = [str(s) for s in rng.choice(SHAPES, 2, replace=False)]
-    canvas, name = _canvas(split, rng, 64, 64)
-    for quarter, shape_colour, shape in zip(quarters, colours, shapes, strict=True):
-        _draw(canvas, shape, *_inside(quarter, rng), int(rng.integers(15, 21)), shape_colour)
-
-    def tell(quarters: list[int], colours: list[str], shapes: list[str]) -> str:
-        return ", ".join(f"{c} {s} {QUARTERS[q]}" for q, c, s in zip(quarters, colours, shapes, strict=True))
-
-    reply = tell(quarters, colours, shapes)
-    absent = str(rng.choice([c for c in COLOURS if c not in colours]))
-    wrong = (tell(quarters, colours[::-1], shapes), tell(quarters, colours, shapes[::-1]),
-             tell(quarters, [colours[0], absent], shapes))  # fmt: skip
-    return Item(canvas.astype(np.uint8), "Describe the shapes.", reply, {"kind": "exact", "value": reply}, wrong, (name,))
-
-
-def relation(split: Split, rng: np.random.Generator) -> Item:
-    """Where one shape lies, seen from the other."""
-    reply = str(rng.choice(list(DIRECTIONS)))
-    asked, other = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
-    canvas, name = _canvas(split, rng, 64, 64)
-    dy, dx = DIRECTIONS[reply]
-    distance = rng.uniform(22, 30)
-    # Off the axis by little, so that one direction clearly dominates.
-    off = rng.uniform(-6, 6)
-    half_y, half_x = (dy * distance + (off if dy == 0 else 0)) / 2, (dx * distance + (off if dx == 0 else 0)) / 2
-    middle_y = rng.uniform(12 + abs(half_y), 52 - abs(half_y))
-    middle_x = rng.uniform(12 + abs(half_x), 52 - abs(half_x))
-    for shape, sign in ((asked, 1), (other, -1)):
-        _draw(canvas, shape, middle_y + sign * half_y, middle_x + sign * half_x, int(rng.integers(14, 19)),
-              str(rng.choice(list(COLOURS))))  # fmt: skip
-    wrong = tuple(d for d in DIRECTIONS if d != reply)
-    question = f"Where is the {asked} from the {other}?"
-    return Item(canvas.astype(np.uint8), question, reply, {"kind": "exact", "value": reply}, wrong, (name,))
 
 
 def locate(split: Split, rng: np.random.Generator) -> Item:
@@ -130,8 +105,9 @@ def locate(split: Split, rng: np.random.Generator) -> Item:
     must reproduce the spread of the estimates, reward only asks to stay inside.
     """
     percent = int(rng.integers(10, 91))
-    canvas, name = _canvas(split, rng, 32, 96)
-    _draw(canvas, "cross", rng.uniform(9, 23), percent / 100 * 96, int(rng.integers(13, 18)), str(rng.choice(list(COLOURS))))
+    canvas, name = _canvas(split, rng, CELL, 3 * CELL)
+    place = rng.uniform(10, CELL - 10), percent / 100 * 3 * CELL
+    _draw(canvas, "cross", *place, int(rng.integers(14, 18)), str(rng.choice(list(COLOURS))))
     reply = str(int(np.clip(percent + rng.integers(-TOLERANCE, TOLERANCE + 1), 10, 99)))
     far = [p for p in range(10, 100) if abs(p - percent) > 2 * TOLERANCE]
     wrong = tuple(str(p) for p in rng.choice(far, 3, replace=False))

@@ -39,9 +39,10 @@ FONTS: dict[Split, tuple[str, ...]] = {
     "test": ("DejaVuSans-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif-Bold", "STIXGeneralBol", "cmss10"),
 }  # fmt: skip
 TEST_GLYPHS = 500  # of 1,797
-GLYPH_SIZE = 20  # pixels, after upscaling from 8
+GLYPH_SIZE = 26  # pixels, after upscaling from 8
+CELL = 32  # pixels: digits, letters and shapes stand in the cells of a grid, one about the middle of each
 _VARIANTS = 6  # slightly rotated, scaled and shifted copies of each training glyph
-_CROPS = 48  # square crops of each photograph, at several scales
+_CROPS = 150  # of each photograph, at several scales
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,18 @@ def _crops(split: Split, height: int, width: int) -> tuple[np.ndarray, tuple[str
 
 
 def background(split: Split, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """A random crop of a random photograph, sometimes mirrored: [height, width, 3] float32 in 0..255, and its source."""
+    """A random crop of a random photograph: [height, width, 3] float32 in 0..255, and its source.
+
+    Training crops also come mirrored, with other brightness and with their colours exchanged: there are few
+    photographs, and a reader should learn what is drawn on them, not them.
+    """
     crops, names = _crops(split, height, width)
     index = int(rng.integers(len(crops)))
     crop = crops[index].astype(np.float32)
-    return (crop[:, ::-1] if rng.random() < 0.5 else crop), f"photograph/{names[index]}"
+    if split == "train":
+        crop = crop[:: rng.choice((-1, 1)), :: rng.choice((-1, 1)), rng.permutation(3)]
+        crop = np.clip(128 + rng.uniform(0.6, 1.2, 3) * (crop - 128) + rng.uniform(-40, 40, 3), 0, 255)
+    return crop, f"photograph/{names[index]}"
 
 
 @functools.cache

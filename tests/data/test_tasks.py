@@ -1,0 +1,185 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from mindjax.data import tasks
+from mindjax.data.tasks import sources
+from mindjax.data.tasks.verify import extract, is_right
+
+PICTURED = [family for family in tasks.FAMILIES if family != "text_only"]
+
+
+def picture(sample):
+    return next((part["image"] for part in sample.messages[0]["content"] if part["type"] == "image"), None)
+
+
+def question(sample):
+    return sample.messages[0]["content"][-1]["text"]
+
+
+def items(family, split, count=60):
+    return [tasks.FAMILIES[family](split, np.random.default_rng(seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_no_source_is_in_both_splits(family):
+    train, test = ({s for item in items(family, split) for s in item.sources} for split in sources.SPLITS)
+    assert train and test
+    assert not train & test
+
+
+def test_sources_are_split_by_glyph_photograph_and_font():
+    train, test = sources.glyphs("train"), sources.glyphs("test")
+    assert not set(train.ids) & set(test.ids)
+    assert len(set(train.ids)) + len(test.ids) == 1797 and len(test.ids) == sources.TEST_GLYPHS
+    assert set(test.labels) == set(range(10))
+    for table in (sources.PHOTOGRAPHS, sources.FONTS):
+        assert not set(table["train"]) & set(table["test"])
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+@pytest.mark.parametrize("variant", ["cloze", "choice", "boxed", "ablated", "preference", "ablated_preference"])
+def test_every_reference_is_right_and_every_rejected_reply_is_not(family, variant):
+    for sample in tasks.build(family, "train", 40, 0, variant):
+        assert sample.messages[-1]["role"] == "assistant"
+        assert is_right(sample.answer, sample.messages[-1]["content"]), sample
+        if "preference" in variant:
+            assert sample.rejected is not None and not is_right(sample.answer, sample.rejected), sample
+        else:
+            assert sample.rejected is None
+        assert (picture(sample) is None) == ("ablated" in variant or family == "text_only")
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_wrong_replies_are_wrong_and_different(family):
+    for item in items(family, "test"):
+        assert len(item.wrong) >= 2 and len(set(item.wrong)) == len(item.wrong)
+        assert not any(is_right(item.answer, wrong) for wrong in item.wrong)
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_the_same_arguments_give_the_same_samples_and_another_seed_others(family):
+    def digest(seed):
+        samples = tasks.build(family, "train", 12, seed)
+        pixels = [b"" if picture(s) is None else picture(s).tobytes() for s in samples]
+        return [
+            hashlib.sha256(p + repr(s.messages[-1]).encode()).hexdigest() for s, p in zip(samples, pixels, strict=True)
+        ]
+
+    assert digest(3) == digest(3)
+    assert digest(3) != digest(4)
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_items_and_ids_are_unique(family):
+    samples = tasks.build(family, "train", 150, 0)
+    shown = {(question(s), b"" if picture(s) is None else picture(s).tobytes()) for s in samples}
+    assert len(shown) == len({s.id for s in samples}) == 150
+
+
+def test_asking_for_more_than_there_is_says_so():
+    with pytest.raises(ValueError, match=r"only .* different test items"):
+        tasks.build("text_only", "test", 100_000, 0)
+
+
+@pytest.mark.parametrize(("family", "variant"), [("digit_reed", "cloze"), ("digit_read", "clozed")])
+def test_unknown_names_are_refused_with_the_known_ones(family, variant):
+    with pytest.raises(ValueError, match=r"there is no .*there are"):
+        tasks.build(family, "train", 1, 0, variant)
+
+
+@pytest.mark.parametrize("family", PICTURED)
+def test_pictures_are_whole_cells(family):
+    """So nothing is resized: what is drawn is what the encoder sees."""
+    for sample in tasks.build(family, "test", 5, 0):
+        image = picture(sample)
+        assert image.dtype == np.uint8 and image.shape[2] == 3
+        assert image.shape[0] % sources.CELL == image.shape[1] % sources.CELL == 0
+
+
+@pytest.mark.parametrize(("family", "columns"), [("digit_read", 3), ("digit_any", 2)])
+def test_the_digits_in_the_picture_are_those_of_the_answer(family, columns):
+    """Read by an independent reader, a nearest neighbour among *training* glyphs, at the place where they fit best."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    glyphs, size = sources.glyphs("train"), sources.GLYPH_SIZE
+    knn = KNeighborsClassifier(1, algorithm="brute").fit(glyphs.ink[::6].reshape(-1, size**2), glyphs.labels[::6])
+    hits = []
+    for sample in tasks.build(family, "test", 25, 0):
+        grey = picture(sample).astype(float).mean(2)
+        value = sample.answer["value"]
+        for place, digit in enumerate("".join(value)):
+            row, column = divmod(place, columns)
+            cell = grey[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+            ink = abs(cell - np.median(cell[:, [0, -1]])) / (np.ptp(cell) + 1e-6)
+            at = [ink[y : y + size, x : x + size].ravel() for y in range(7) for x in range(7)]
+            distances, which = knn.kneighbors(at)
+            best = which[np.argmin(distances[:, 0]), 0]
+            hits.append(glyphs.labels[::6][best] == int(digit))
+    assert np.mean(hits) > 0.6  # chance is 0.1
+
+
+def test_a_shape_is_where_the_reply_says():
+    reds = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
+    found = 0
+    for sample in tasks.build("quadrant", "test", 150, 0):
+        image = picture(sample).astype(int)
+        red = (image[..., 0] > 190) & (image[..., 1] < 60) & (image[..., 2] < 60)
+        if red.sum() < 60:
+            continue  # a cross of another colour
+        y, x = (float(np.mean(axis)) for axis in np.nonzero(red))
+        assert (int(y >= 32), int(x >= 32)) == reds[sample.messages[-1]["content"]]
+        found += 1
+    assert found >= 5
+
+
+def test_demonstrations_spread_over_all_right_replies():
+    samples = tasks.build("digit_any", "train", 300, 0)
+    places = [s.answer["value"].index(s.messages[-1]["content"]) for s in samples]
+    assert min(np.bincount(places, minlength=3)) > 70
+    offsets = {int(s.messages[-1]["content"]) - s.answer["value"] for s in tasks.build("locate", "train", 300, 0)}
+    assert offsets == set(range(-5, 6))
+
+
+def test_answers_are_drawn_evenly():
+    for family, replies in (("quadrant", 4), ("digit_largest", 3), ("digit_count", 4)):
+        counts = np.unique(
+            [s.messages[-1]["content"] for s in tasks.build(family, "train", 600, 0)], return_counts=True
+        )[1]
+        assert len(counts) == replies
+        assert counts.min() > 0.7 * counts.mean()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply", "right"),
+    [
+        ({"kind": "exact", "value": "red"}, " Red. ", True),
+        ({"kind": "exact", "value": "red"}, "dark red", False),
+        ({"kind": "exact", "value": "007"}, "007", True),
+        ({"kind": "exact", "value": "007"}, "7", False),
+        ({"kind": "exact", "value": "3", "boxed": True}, "3", False),
+        ({"kind": "exact", "value": "3", "boxed": True}, "it is \\boxed{3}", True),
+        ({"kind": "exact", "value": "3"}, "\\boxed{4} or \\boxed{3}", True),
+        ({"kind": "exact", "value": "3"}, "\\boxed{3} or \\boxed{4}", False),
+        ({"kind": "one_of", "value": ["12", "34"]}, "34", True),
+        ({"kind": "one_of", "value": ["12", "34"]}, "14", False),
+        ({"kind": "within", "value": 40, "tolerance": 5}, "45", True),
+        ({"kind": "within", "value": 40, "tolerance": 5}, "46", False),
+        ({"kind": "within", "value": 40, "tolerance": 5}, "about 40", False),
+        ({"kind": "within", "value": 40, "tolerance": 5}, "٤٠", False),
+        ({"kind": "within", "value": 40, "tolerance": 5}, "", False),
+    ],
+)
+def test_verdicts(answer, reply, right):
+    assert is_right(answer, reply) is right
+
+
+def test_an_unknown_kind_of_answer_is_an_error_and_not_a_wrong_reply():
+    with pytest.raises(ValueError, match="kind 'regex'"):
+        is_right({"kind": "regex", "value": "x"}, "x")
+
+
+def test_extract_tells_whether_there_was_a_box():
+    assert extract("\\boxed{ Top Left }") == ("top left", True)
+    assert extract("top left") == ("top left", False)
