@@ -24,6 +24,7 @@ from mindjax.models.vision import VisionEncoder, VisionFeatures, encode
 from mindjax.ops.attention import attention
 from mindjax.ops.logprobs import token_logprobs as head_logprobs
 from mindjax.ops.matmul import matmul
+from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, VisionInputs
 from sharding.remat import Remat, rematerialise
 
@@ -160,7 +161,7 @@ def forward(
         return x, (router, state)
 
     layers = (params["text"]["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
-    x, (router, state) = jax.lax.scan(rematerialise(block, remat), x, layers)
+    x, (router, state) = scan_layers(rematerialise(block, remat), x, layers)
     return Output(rms_norm(params["text"]["norm"], x, config.text.rms_norm_eps), router, state)
 
 

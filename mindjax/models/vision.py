@@ -17,6 +17,7 @@ from mindjax.models.parameters import Init
 from mindjax.models.rope import apply_rope, vision_rope
 from mindjax.ops.attention import attention
 from mindjax.ops.matmul import add_bias, matmul
+from mindjax.ops.scan import scan_layers
 from mindjax.types import VisionInputs
 from sharding.remat import Remat, rematerialise
 
@@ -125,7 +126,7 @@ def encode(p: dict[str, Any], vision: VisionInputs, config: VisionConfig, remat:
     levels = len(config.deepstack_visual_indexes)
     taps = jnp.zeros((levels, *x.shape), x.dtype)
     layers = (p["blocks"], jnp.arange(config.depth, dtype=jnp.int32))
-    (x, taps), _ = jax.lax.scan(rematerialise(block, remat), (x, taps), layers)
+    (x, taps), _ = scan_layers(rematerialise(block, remat), (x, taps), layers)
 
     merged = config.hidden_size * config.merge_unit
     tokens = _merge(p["merger"], layer_norm(p["merger"]["norm"], x).reshape(-1, merged))

@@ -109,7 +109,9 @@ def _scores(
     allowed = (allowed & ~ahead[None])[:, None, None]
     scores = _product("bknd,bksd->bkns", rows, keys) * jnp.float32(dim**-0.5)
     scores = scores.reshape(batch, kv_heads, folded // length, length, size)
-    return jnp.where(allowed, scores, jnp.float32(MASKED)).reshape(batch, kv_heads, folded, size)
+    # Added, not selected: a sum with -1e30 is -1e30, and the addend is the same in all layers, so it is made once.
+    scores = scores + jnp.where(allowed, jnp.float32(0), jnp.float32(MASKED))
+    return scores.reshape(batch, kv_heads, folded, size)
 
 
 def _fold(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -161,7 +161,9 @@ def _tgmm_loop(lhs: Array, g: Array, group_sizes: Array) -> Array:
             first = starts[group] + j * tile
             inside = (first + jnp.arange(tile) < ends[group])[:, None]
             # Both sides: zero times NaN is NaN.
-            blocks = (jnp.where(inside, lax.dynamic_slice_in_dim(a, first, tile), jnp.zeros((), a.dtype)) for a in sides)
+            blocks = (
+                jnp.where(inside, lax.dynamic_slice_in_dim(a, first, tile), jnp.zeros((), a.dtype)) for a in sides
+            )
             return total + contract_rows(*(from_bits(block, dtype) for block in blocks))
 
         total = jnp.zeros((lhs.shape[1], g.shape[1]), jnp.float32)

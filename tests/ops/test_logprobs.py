@@ -54,7 +54,7 @@ def test_gradients_against_finite_differences(chunk: int | None) -> None:
             for sign in (1, -1):
                 moved = [array.copy() for array in arrays]
                 moved[which][index] += sign * step
-                values.append(sum((a * w).sum() for a, w in zip(reference(*moved, targets, 0.7), weights)))
+                values.append(sum((a * w).sum() for a, w in zip(reference(*moved, targets, 0.7), weights, strict=True)))
             estimate[index] = (values[0] - values[1]) / (2 * step)
         assert np.linalg.norm(gradient - estimate) / np.linalg.norm(estimate) < 1e-5
 
