@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "mindjax.models": BASE | {"mindjax.ops"},
     "mindjax.inference": LIBRARY - {"mindjax.losses"},
     "mindjax.train": LIBRARY | {"mindjax.inference"},
-    "mindjax.evaluation": LIBRARY | {"mindjax.inference"},
+    "mindjax.evaluation": LIBRARY | {"mindjax.inference", "mindjax.train", "mindjax.experiment"},
     "mindjax.sft": LOOP | {"mindjax.experiment"},
     "mindjax.rl": LOOP | {"mindjax.experiment"},
     "mindjax.dpo": LOOP | {"mindjax.experiment"},
