@@ -25,7 +25,7 @@ def scan_layers(block: Block, carry: Any, layers: Any) -> tuple[Any, Any]:
     XLA's CPU backend converts a whole bfloat16 stack to float32 and back around each slice or update (see
     `mindjax.ops.bits`), so a plain scan, which reads layers and writes what its backward pass needs one slice at a
     time, does work quadratic in depth. Here every stack is kept as integers, which means that the backward scan is
-    written out. In other dtypes this is `lax.scan`.
+    written out. In other dtypes, and on other backends, this is `lax.scan`.
 
     Args:
       block: differentiable in the floats of its arguments and in what it closes over; may be wrapped in
@@ -36,7 +36,8 @@ def scan_layers(block: Block, carry: Any, layers: Any) -> tuple[Any, Any]:
     Returns:
       (last carry, outputs stacked over layers).
     """
-    if not any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves((carry, layers))):
+    half = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves((carry, layers)))
+    if not half or jax.default_backend() != "cpu":
         return lax.scan(block, carry, layers)
     floats, rest = _partition(layers)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
