@@ -66,7 +66,7 @@ class DataSizes:
       replay: of the knowledge families in the ability stage.
       preference: of every family in the preference stage, in each form.
       explore: of the families where GSPO and continued SFT are compared.
-      rehearse: of all others, and of every family in boxed form, that both arms see beside them.
+      rehearse: of all others, and a quarter as many of every family in boxed form, that both arms see beside them.
       pairs: prompts from which DPO makes preference pairs, in each form.
       probe: fresh items of training sources that measure what the ability stage should blend.
       held_out: of held-out sources, for the accuracies.
@@ -256,9 +256,9 @@ class Pipeline:
         """Forms of answering: boxed, by letter, without a picture; text alone; and replay of the plain form."""
         count, samples = self.config.data.preference, []
         for family in self.config.families:
-            for variant, share in (("cloze", 2), ("boxed", 1), ("choice", 1), ("ablated", 1)):
+            for variant, share in (("cloze", 3), ("boxed", 2), ("choice", 1), ("ablated", 1)):
                 samples += self._draw(family, 3, share * count, variant)  # type: ignore[arg-type]
-        samples += self._draw("text_only", 3, 4 * count) + self._draw("text_only", 3, count, "boxed")
+        samples += self._draw("text_only", 3, 3 * count) + self._draw("text_only", 3, 2 * count, "boxed")
         return self._sft("preference", self.config.sft_preference, params, samples, folder)
 
     @cached_property
@@ -269,7 +269,7 @@ class Pipeline:
         for family in families:
             if family not in self.config.explore:
                 samples += self._draw(family, 4, data.rehearse)
-            samples += self._draw(family, 4, data.rehearse, "boxed")
+            samples += self._draw(family, 4, max(1, data.rehearse // 4), "boxed")
         return samples
 
     def _gspo(self, params: Params, folder: Path) -> tuple[TrainResult, dict[str, Any]]:

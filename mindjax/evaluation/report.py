@@ -267,8 +267,8 @@ def _arms(run: RunFiles) -> str:
         "reference replies and trains every parameter; GSPO sees verdicts on its own replies, its vision encoder is "
         f"frozen. Arithmetic: GSPO {gspo['flops'] / 1e12:.1f} TFLOP in {gspo['train_seconds']:.0f} s, continued SFT "
         f"{continued['flops'] / 1e12:.1f} TFLOP in {continued['train_seconds']:.0f} s ({ratio:.2f} times the "
-        "arithmetic, counted on the shapes that are executed). Differences in points with paired 95 % bootstrap intervals over "
-        "held-out items of this seed.",
+        "arithmetic, counted on the shapes that are executed). Differences in points with paired 95 % bootstrap "
+        "intervals over held-out items of this seed.",
         '<div class="scroll"><table><thead><tr><th>family</th><th>before</th><th>continued SFT</th><th>GSPO</th>'
         f"<th>gain</th><th>-40 · 0 · +40 points</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
     )

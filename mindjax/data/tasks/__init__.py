@@ -29,7 +29,7 @@ FAMILIES: dict[str, Callable[[Split, np.random.Generator], Item]] = {
 }
 NO_IMAGE = "There is no image."
 _LETTERS = "ABC"
-_TRIES = 50
+_TRIES = 1000  # repeated items in a row, before a family counts as exhausted
 
 
 def build(family: str, split: Split, count: int, seed: int, variant: Variant = "cloze") -> list[Sample]:
@@ -52,12 +52,13 @@ def build(family: str, split: Split, count: int, seed: int, variant: Variant = "
         # What the picture shows decides, not who drew it: a repeated item is dropped.
         pixels = b"" if item.image is None else item.image.tobytes()
         key = hashlib.sha256(item.question.encode() + pixels).digest()
-        tries += 1
         if key in seen:
-            if tries > _TRIES * count:
+            tries += 1
+            if tries == _TRIES:
                 raise ValueError(f"{family} has only {len(samples)} different {split} items, {count} were asked for")
             continue
         seen.add(key)
+        tries = 0
         samples.append(_VARIANTS[variant](item, f"{name}/{len(samples)}", family, rng))
     return samples
 
