@@ -32,7 +32,7 @@ from mindjax.dpo import train as dpo
 from mindjax.evaluation import report
 from mindjax.evaluation.compute import Compute
 from mindjax.evaluation.run import Reply, accuracy, ask, render_prompts, write_replies
-from mindjax.evaluation.statistics import Interval, blind_baseline
+from mindjax.evaluation.statistics import blind_baseline
 from mindjax.experiment import to_dataclass
 from mindjax.inference.sampler import prompt_shape
 from mindjax.models import hf_weights, qwen3_vl
@@ -305,7 +305,7 @@ class Pipeline:
             for family in (*self.config.families, "text_only")
             for variant in ("preference", "ablated_preference")
             if variant == "preference" or family != "text_only"  # which has no picture to take away
-            for s in self._draw(family, 5, self.config.data.pairs, variant)  # type: ignore[arg-type]
+            for s in self._draw(family, 5, self.config.data.pairs, variant)
         ]
         replies = self._ask(params, samples, temperature=1.0)
         own = {reply.id: reply.text for reply in replies if not reply.right and reply.text}
@@ -380,7 +380,7 @@ class Pipeline:
             **options,
         )
 
-    def _evaluate(self, params: Params, stage: str) -> dict[str, dict[str, Interval]]:
+    def _evaluate(self, params: Params, stage: str) -> dict[str, dict[str, dict[str, float]]]:
         """Replies to every held-out set, written down verbatim; accuracies per set and family."""
         result = {}
         for name, samples in self.held_out.items():
@@ -392,7 +392,7 @@ class Pipeline:
                 result[name + suffix] = accuracy(replies)
         return {
             name: {task: asdict(interval) for task, interval in by_task.items()} for name, by_task in result.items()
-        }  # type: ignore[return-value]
+        }
 
     def _summary(self) -> None:
         """What the report reads besides the stages' own files."""

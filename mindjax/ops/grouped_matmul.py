@@ -6,6 +6,7 @@ the same with the matrices transposed (gradient of the rows), and `tgmm` (gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -97,7 +98,9 @@ def _tgmm(lhs: Array, g: Array, group_sizes: Array, implementation: str | None) 
     return _choose(_tgmm_loop, _tgmm_ragged, implementation, lhs, g, group_sizes)
 
 
-def _choose(loop, ragged, implementation: str | None, *operands: Array) -> Array:
+def _choose(
+    loop: Callable[..., Array], ragged: Callable[..., Array], implementation: str | None, *operands: Array
+) -> Array:
     if implementation is None:
         return lax.platform_dependent(*operands, cpu=loop, default=ragged)
     return (loop if implementation == "loop" else ragged)(*operands)

@@ -97,10 +97,11 @@ def _forward(
         )  # fmt: skip
         leaves, tree = jax.tree.flatten(pull)
         # What is at hand in the backward scan is not stored for every layer.
-        at_hand = {}
+        at_hand: dict[int, tuple[str, int]] = {}
         for name, values in _at_hand(here, layer[1], captured, constants).items():
             at_hand |= {id(value): (name, i) for i, value in enumerate(values)}
-        sources, kept = [], []
+        sources: list[tuple[str, int]] = []
+        kept: list[Array] = []
         for leaf in leaves:
             if id(leaf) not in at_hand:
                 at_hand[id(leaf)] = ("kept", len(kept))
