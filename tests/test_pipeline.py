@@ -1,4 +1,4 @@
-"""The whole job at its debug size, killed once on the way."""
+"""The whole job at its debug size, once killed on the way and once not."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from mindjax.evaluation import report
 from mindjax.evaluation.run import read_replies
 from mindjax.experiment import load_experiment
 from mindjax.models import catalog
+from mindjax.train.metrics import read_metrics
 
 
 class Killed(Exception):
@@ -20,28 +21,31 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run that died after its first stage, was copied, and was started again."""
-    workdir = tmp_path_factory.mktemp("quickstart")
+def runs(tmp_path_factory):
+    """Two runs from one first stage: one that died in its second stage and was started again, one that did not."""
+    interrupted, whole = tmp_path_factory.mktemp("interrupted"), tmp_path_factory.mktemp("whole") / "run"
     config = load_experiment("experiments/quickstart.py:debug")
     original = pipeline.Pipeline._ability
-    calls = []
 
-    def die_once(self, params, folder):
-        calls.append(folder)
-        if len(calls) == 1:
-            raise Killed
-        return original(self, params, folder)
+    def die(self, params, folder):
+        shutil.copytree(interrupted, whole)
+        original(self, params, folder)  # trained, with its checkpoint, but never evaluated
+        raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.Pipeline, "_ability", die_once)
+        patch.setattr(pipeline.Pipeline, "_ability", die)
         with pytest.raises(Killed):
-            pipeline.run(config, workdir)
-        before = (workdir / "stages/knowledge/result.json").stat().st_mtime_ns
-        shutil.copytree(workdir, tmp_path_factory.mktemp("copy") / "run")
-        pipeline.run(config, workdir)
-    assert (workdir / "stages/knowledge/result.json").stat().st_mtime_ns == before, "a finished stage ran again"
-    return workdir
+            pipeline.run(config, interrupted)
+    before = (interrupted / "stages/knowledge/result.json").stat().st_mtime_ns
+    pipeline.run(config, interrupted)
+    assert (interrupted / "stages/knowledge/result.json").stat().st_mtime_ns == before, "a finished stage ran again"
+    pipeline.run(config, whole)
+    return interrupted, whole
+
+
+@pytest.fixture(scope="module")
+def finished(runs):
+    return runs[0]
 
 
 def test_every_stage_leaves_its_result_replies_and_model(finished):
@@ -75,12 +79,15 @@ def test_the_exported_folder_is_the_last_stage_and_opens(finished):
     )
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(finished):
-    """Every number of a stage follows from the seed: the stage that died before its first step gives the same again."""
-    blend = json.loads((finished / "stages/ability/result.json").read_text())["blend"]
+def test_an_interrupted_run_gives_the_same_as_an_uninterrupted_one(runs):
+    interrupted, whole = runs
+    for stage in pipeline.STAGES:
+        for path in sorted((whole / "replies" / stage).glob("*.jsonl")):
+            assert path.read_text() == (interrupted / "replies" / stage / path.name).read_text()
+        losses = [[record["loss"] for record in read_metrics(run / "stages" / stage)] for run in runs]
+        assert losses[0] == losses[1] and losses[0]
+    blend = json.loads((interrupted / "stages/ability/result.json").read_text())["blend"]
     assert sum(blend.values()) == pytest.approx(1.0)
-    records = [json.loads(line) for line in (finished / "stages/ability/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 3]
 
 
 def test_the_report_is_one_offline_file_with_every_part(finished):
