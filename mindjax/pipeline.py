@@ -319,7 +319,8 @@ class Pipeline:
         self, name: str, config: sft.SFTConfig, params: Params, samples: Sequence[Sample], folder: Path, **options: Any
     ) -> tuple[TrainResult, dict[str, Any]]:
         config = replace(config, seed=self.config.seed)
-        rendered = RenderedSamples(samples, self.processor)
+        # All of a stage's samples stay rendered: drawing one again takes as long as training on it.
+        rendered = RenderedSamples(samples, self.processor, cache_bytes=2 << 30)
         shape = sft.choose_shape(config, self.model, rendered)
         result = sft.train(config, self.model, params, rendered, folder, name=name, shape=shape, **options)
         step = Compute(self.model).sft_step(shape, micro_batches=config.micro_batches)
