@@ -105,7 +105,8 @@ def write_replies(path: Path, replies: Sequence[Reply]) -> None:
 
 def read_replies(path: Path) -> list[Reply]:
     """The inverse of `write_replies`."""
-    return [Reply(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    # Not splitlines(): a reply may hold characters that Unicode calls line ends, and JSON does not escape.
+    return [Reply(**json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def accuracy(replies: Sequence[Reply]) -> dict[str, Interval]:
