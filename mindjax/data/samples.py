@@ -130,12 +130,12 @@ def _with_paths(message: Any, where: str, folder: Path) -> dict[str, Any]:
     def resolve(part: Any) -> Any:
         if not isinstance(part, dict):
             raise ValueError(f"{where}: a part of a message is an object, not {part!r}")
-        local = {
-            key: str(folder / part[key])
-            for key in ("image", "video", "path")
-            if isinstance(part.get(key), str) and "://" not in part[key]
-        }
-        return {**part, **local}
+        return {**part, **{key: place(part[key]) for key in ("image", "video", "path") if key in part}}
+
+    def place(source: Any) -> Any:
+        if isinstance(source, list):  # the frames of a video
+            return [place(frame) for frame in source]
+        return str(folder / source) if isinstance(source, str) and "://" not in source else source
 
     return {**message, "content": [resolve(part) for part in message["content"]]}
 
