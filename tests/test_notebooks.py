@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
@@ -14,7 +16,6 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_defines_nothing_and_is_stored_without_output(path):
-    nbformat = pytest.importorskip("nbformat")
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             nodes = list(ast.walk(ast.parse(cell.source)))
@@ -24,7 +25,6 @@ def test_it_defines_nothing_and_is_stored_without_output(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent.parent}}).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)

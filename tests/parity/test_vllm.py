@@ -19,11 +19,8 @@ from mindjax.data.render import render
 from mindjax.data.tokenizer import train_tokenizer
 from mindjax.data.video import VideoProcessor
 from mindjax.inference.sampler import SamplingConfig, generate
-from mindjax.models import catalog, hf_weights, qwen3_vl
-
-pytest.importorskip("vllm")
-
 from mindjax.interop import vllm as vllm_reference
+from mindjax.models import catalog, hf_weights, qwen3_vl
 
 NEW_TOKENS = 24
 # Two float32 programs of the same sums in another order. Log-probs here lie between -2 and -10; found 2.4e-6 at most,
