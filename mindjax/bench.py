@@ -22,6 +22,13 @@ import numpy as np
 
 from mindjax.config import ModelConfig, TextConfig, VisionConfig
 
+# Both sides: a step's large buffers are kept between steps and lie in huge pages. Else the kernel hands out, clears and
+# takes back every page in every step: measured 20 % of ours at `tiny`, 5 to 15 % of torch's.
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
 COMMANDS = ("train", "sampler", "compile")
 RESULT = "RESULT "
 MIB = 2**20
@@ -248,6 +255,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | ALLOCATOR,
         )
 
     def read(self) -> dict[str, Any]:

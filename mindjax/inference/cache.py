@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mindjax.config import TextConfig
 from mindjax.ops.attention import MASKED
+from mindjax.ops.bits import from_bits, to_bits
 
 Array = jax.Array
 
@@ -45,7 +46,8 @@ class Generated:
     """Keys and values of the tokens generated so far; all rows are at the same step, so one index serves all.
 
     Attributes:
-      k, v: [L, P, N, K, C, D].
+      k, v: [L, P, N, K, C, D], two-byte floats as their bits: `append` writes into them once per layer and token, for
+        which XLA's CPU backend would convert the whole cache to float32 and back, see `mindjax.ops.bits`.
     """
 
     k: Array
@@ -54,16 +56,21 @@ class Generated:
     @classmethod
     def empty(cls, config: TextConfig, prompts: int, samples: int, capacity: int, dtype: jnp.dtype) -> Generated:
         shape = (config.num_hidden_layers, prompts, samples, config.num_key_value_heads, capacity, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return cls(to_bits(jnp.zeros(shape, dtype)), to_bits(jnp.zeros(shape, dtype)))
 
     def append(self, layer: Array, step: Array, k: Array, v: Array) -> Generated:
         """With k, v [P x N, 1, K, D] of one new token per row at place `step` of `layer`; in place under jit."""
         start = (layer, 0, 0, 0, step, 0)
         shape = (1, *self.k.shape[1:4], 1, self.k.shape[5])
         return Generated(
-            jax.lax.dynamic_update_slice(self.k, k.reshape(shape), start),
-            jax.lax.dynamic_update_slice(self.v, v.reshape(shape), start),
+            jax.lax.dynamic_update_slice(self.k, to_bits(k.reshape(shape)), start),
+            jax.lax.dynamic_update_slice(self.v, to_bits(v.reshape(shape)), start),
         )
+
+    def layer(self, layer: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Keys and values of one layer, [P, N, K, C, D] in the dtype that was appended."""
+        k, v = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (self.k, self.v))
+        return from_bits(k, dtype), from_bits(v, dtype)
 
 
 def decode_attention(
@@ -91,11 +98,16 @@ def decode_attention(
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     q = q.reshape(prompts, samples, kv_heads, groups, dim)
-    old = product("pnkgd,pksd->pnkgs", q, pk) * dim**-0.5
+    # All queries of a key/value head in one matrix, on the left: the other way round XLA's CPU backend has no bfloat16
+    # product with a float32 result, and says so when it runs.
+    together = q.swapaxes(1, 2).reshape(prompts, kv_heads, samples * groups, dim)
+    old = product("pkmd,pksd->pkms", together, pk) * dim**-0.5
+    old = jnp.where((prefix_segment_ids != 0)[:, None, None], old, jnp.float32(MASKED))
+    old = old.reshape(prompts, kv_heads, samples, groups, length).swapaxes(1, 2)
     new = product("pnkgd,pnkcd->pnkgc", q, gk) * dim**-0.5
-    old = jnp.where((prefix_segment_ids != 0)[:, None, None, None], old, jnp.float32(MASKED))
     new = jnp.where((jnp.arange(capacity, dtype=jnp.int32) <= step)[None, None, None, None], new, jnp.float32(MASKED))
     weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(pv.dtype)
-    out = product("pnkgs,pksd->pnkgd", weights[..., :length], pv)
+    to_old = weights[..., :length].swapaxes(1, 2).reshape(prompts, kv_heads, samples * groups, length)
+    out = product("pkms,pksd->pkmd", to_old, pv).reshape(prompts, kv_heads, samples, groups, dim).swapaxes(1, 2)
     out += product("pnkgc,pnkcd->pnkgd", weights[..., length:], gv)
     return out.reshape(prompts * samples, 1, kv_heads * groups, dim).astype(q.dtype)

@@ -20,6 +20,7 @@ from mindjax.inference.cache import Generated, Prefix, decode_attention
 from mindjax.models.norm import rms_norm
 from mindjax.models.qwen3_vl import Params, decoder_layer, forward, logits
 from mindjax.models.rope import text_rope
+from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, Completion
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ def _decode_step(
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Generated]:
             updated = cache.append(number, index, k, v)
-            own = tuple(jax.lax.dynamic_index_in_dim(part, number, keepdims=False) for part in (updated.k, updated.v))
+            own = updated.layer(number, k.dtype)
             return decode_attention(q, (pk, pv), own, prefix.segment_ids, index), updated
 
         x, _, cache = decoder_layer(p, x, rope, segments, config.text, attend)
@@ -353,7 +354,7 @@ def _decode_step(
 
     numbers = jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32)
     layers = (params["text"]["layers"], numbers, prefix.k, prefix.v)
-    (x, generated), _ = jax.lax.scan(block, (x, generated), layers)
+    (x, generated), _ = scan_layers(block, (x, generated), layers)
     return rms_norm(params["text"]["norm"], x[:, 0], config.text.rms_norm_eps), generated
 
 

@@ -144,16 +144,21 @@ def _balance_loss(probabilities: Array, taken: Array, segment_ids: Array) -> tup
     """
     rows, time = segment_ids.shape
     experts = probabilities.shape[-1]
-    # Number the runs through the whole batch: at most one per token, which bounds the count statically.
-    starts = jnp.concatenate([jnp.ones((rows, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    sequence = jnp.cumsum(starts.reshape(-1)) - 1
-    real = (segment_ids.reshape(-1) > 0).astype(jnp.float32)
-
-    def total(values: Array) -> Array:
-        return jax.ops.segment_sum(values, sequence, rows * time, indices_are_sorted=True)
-
-    lengths = total(real)
-    share = total(taken.astype(jnp.float32)) / jnp.maximum(lengths, 1.0)[:, None]
-    # Per token, so that only the counts are scattered and the router's gradient is a gather.
-    per_token = experts * jnp.sum(share[sequence] * probabilities, axis=-1) / jnp.maximum(lengths, 1.0)[sequence]
-    return jnp.sum(per_token * real), jnp.sum(lengths > 0, dtype=jnp.float32)
+    place = jnp.arange(time, dtype=jnp.int32)[None]
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    edge = jnp.ones((rows, 1), bool)
+    is_first, is_last = jnp.concatenate([edge, changes], axis=1), jnp.concatenate([changes, edge], axis=1)
+    first = jax.lax.cummax(jnp.where(is_first, place, 0), axis=1)
+    last = jax.lax.cummin(jnp.where(is_last, place, time - 1), axis=1, reverse=True)
+    lengths = (last - first + 1).astype(jnp.float32)[:, :, None]
+    # Each token's sequence total as a difference of running sums: exact in float32 below 2^24 tokens a row, and
+    # linear, where a scatter runs one token at a time on a CPU.
+    running = jnp.pad(
+        jnp.cumsum(taken.reshape(rows, time, experts).astype(jnp.float32), axis=1), ((0, 0), (1, 0), (0, 0))
+    )
+    totals = jnp.take_along_axis(running, last[:, :, None] + 1, axis=1)
+    totals -= jnp.take_along_axis(running, first[:, :, None], axis=1)
+    real = segment_ids > 0
+    per_token = experts * jnp.sum(totals * probabilities.reshape(rows, time, experts) / lengths**2, axis=-1)
+    count = jnp.sum(is_first & real, dtype=jnp.float32)
+    return jnp.sum(jnp.where(real, per_token, jnp.float32(0))), count

@@ -144,7 +144,9 @@ def forward(
         vision_features = encode_vision(params, config, batch.vision, remat=remat)
     x = params["text"]["embed"][batch.tokens]
     if vision_features is not None:
-        x = jnp.where((batch.vision_index >= 0)[..., None], _place(vision_features.tokens, batch.vision_index), x)
+        places = (batch.vision_index >= 0)[..., None]
+        placed = _place(vision_features, batch.vision_index)
+        x, deepstack = jnp.where(places, placed[0], x), placed[1:]
     segments = batch.segment_ids
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
@@ -156,8 +158,8 @@ def forward(
     def block(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, Any]:
         p, index = layer
         x, router, state = decoder_layer(p, x, rope, segments, config.text, attend)
-        if vision_features is not None and len(vision_features.deepstack):
-            x = _add_deepstack(x, vision_features.deepstack, index, batch.vision_index)
+        if vision_features is not None and len(deepstack):
+            x = _add_deepstack(x, deepstack, index, places)
         return x, (router, state)
 
     layers = (params["text"]["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
@@ -222,19 +224,22 @@ def _shift_right(values: jax.Array, keep: jax.Array, shape: tuple[int, int]) -> 
     return jnp.pad(kept, ((0, 0), (1, 0)))
 
 
-def _place(features: jax.Array, vision_index: jax.Array) -> jax.Array:
-    """Features [M, H] at their places in the rows, [B, T, H]; whatever stands at text is masked by the caller."""
-    return features[jnp.maximum(vision_index, 0)]
+def _place(features: VisionFeatures, vision_index: jax.Array) -> jax.Array:
+    """Tokens and DeepStack levels at their places in the rows, [1 + levels, B, T, H]; the caller masks text.
+
+    All levels in one gather, for the gradient of a gather is a scatter, which runs one token at a time on a CPU.
+    """
+    levels = jnp.concatenate([features.tokens[None], features.deepstack])
+    table = levels.swapaxes(0, 1).reshape(levels.shape[1], -1)
+    placed = table[jnp.maximum(vision_index, 0)].reshape(*vision_index.shape, *levels.shape[::2])
+    return jnp.moveaxis(placed, 2, 0)
 
 
-def _add_deepstack(x: jax.Array, deepstack: jax.Array, layer: jax.Array, vision_index: jax.Array) -> jax.Array:
-    """Adds level `layer` of the DeepStack features in the first layers, nothing in the others."""
-    levels = deepstack.shape[0]
+def _add_deepstack(x: jax.Array, deepstack: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
+    """Adds level `layer` of the DeepStack features [levels, B, T, H] in the first layers, nothing in the others."""
 
     def add(x: jax.Array) -> jax.Array:
         level = jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)
-        return x + jnp.where((vision_index >= 0)[..., None], _place(level, vision_index), jnp.zeros((), x.dtype))
+        return x + jnp.where(places, level, jnp.zeros((), x.dtype))
 
-    if levels == 0:
-        return x
-    return jax.lax.cond(layer < levels, add, lambda x: x, x)
+    return jax.lax.cond(layer < deepstack.shape[0], add, lambda x: x, x)
