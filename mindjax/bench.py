@@ -406,7 +406,7 @@ def main(argv: Sequence[str]) -> None:
         print(_table(results))
         print("medians of interleaved repetitions; peak memory of each process; no compilation after our warm-up")
     if "compile" in commands:
-        compile_seconds(2)  # what only the first compilation pays: imports, threads
+        compile_seconds(4)  # what only the first compilation pays: imports, threads
         few, many = compile_seconds(12), compile_seconds(48)
         print(f"compile a training step: 12 layers {few:.1f} s, 48 layers {many:.1f} s, ratio {many / few:.2f}")
 
