@@ -69,5 +69,5 @@ article li span{color:var(--muted);white-space:nowrap}article li code{text-align
 .key{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:8px}
 .facts th{vertical-align:top;width:170px;background:none}.facts td{text-align:left;white-space:normal}
 @media (max-width:640px){main{padding:24px 14px 60px}th,td{padding:7px 9px}.facts th{width:auto;white-space:normal}
-th:first-child small{display:none}}
+.heat th:first-child small{display:none}}
 """
