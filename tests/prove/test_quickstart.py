@@ -87,9 +87,9 @@ def table(runs: list[RunFiles]) -> str:
         "# The main job over three seeds",
         "",
         "Written by `tests/prove/test_quickstart.py` (`make prove`). Held-out accuracy in percent, greedy, three seeds "
-        "pooled, with 95 % Wilson intervals (all seeds answer the same items, so these are a little narrow); *blind* is "
-        "the best constant reply to each question. Families and settings were chosen on runs of seed 0 that were judged "
-        "on these same held-out items.",
+        "pooled, with 95 % Wilson intervals (all seeds answer the same items, so these are a little narrow); *blind* "
+        "is the best constant reply to each question. Families and settings were chosen on runs of seed 0 that were "
+        "judged on these same held-out items.",
         "",
         "| family | blind | " + " | ".join(TITLES[stage] for stage in STAGES) + " |",
         "|---|---|" + "---|" * len(STAGES),
