@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from transformers import (
 
 from mindjax.config import ModelConfig
 from mindjax.data.render import Rendered
-from mindjax.train.optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from mindjax.train.optimizer import OptimizerConfig
 
 # Steps of each candidate setting before the fastest is chosen.
 TRIAL_STEPS = 2
