@@ -87,19 +87,16 @@ class Trainer:
         attention: str = "sdpa",
         experts: str = "eager",
         masters: bool = False,
-        compiled: bool = False,
     ):
         """Args:
         dtype: of the computation.
         masters: whether parameters and moments stay float32 under autocast, as on our side; else they are of `dtype`.
-        compiled: whether the model goes through torch.compile.
         """
         self._autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=masters and dtype != "float32")
         parameter_dtype = "float32" if masters else dtype
         self._model = build_model(
             config, parameter_dtype, attn_implementation=attention, experts_implementation=experts
         ).train()
-        self._call = torch.compile(self._model) if compiled else self._model
         self._inputs = model_inputs(rows)
         if "pixel_values" in self._inputs:
             self._inputs["pixel_values"] = self._inputs["pixel_values"].to(getattr(torch, parameter_dtype))
@@ -116,7 +113,7 @@ class Trainer:
     def step(self) -> float:
         """One step; returns the loss before it."""
         with self._autocast:
-            loss = self._call(**self._inputs, use_cache=False).loss
+            loss = self._model(**self._inputs, use_cache=False).loss
         loss.backward()
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip, foreach=True)

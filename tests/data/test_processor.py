@@ -61,7 +61,6 @@ def test_pixel_limits_in_all_spellings(settings: dict[str, Any], limits: tuple[i
 
 
 def test_defaults_are_those_of_transformers() -> None:
-    pytest.importorskip("torch")
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
