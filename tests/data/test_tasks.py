@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mindjax.data import tasks
-from mindjax.data.tasks import sources
+from mindjax.data.tasks import sources, verify
 from mindjax.data.tasks.verify import extract, is_right
 
 PICTURED = [family for family in tasks.FAMILIES if family != "text_only"]
@@ -183,3 +183,41 @@ def test_an_unknown_kind_of_answer_is_an_error_and_not_a_wrong_reply():
 def test_extract_tells_whether_there_was_a_box():
     assert extract("\\boxed{ Top Left }") == ("top left", True)
     assert extract("top left") == ("top left", False)
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"so $x^{2}$ is \boxed{\text{top {left}}}, I think {", r"\text{top {left}}"),
+        (r"\boxed{3} or \boxed{\frac{1}{2}", "3"),  # the second is never closed
+        (r"\boxed{{3} or \boxed{4}", "4"),  # nor the first here
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{1 \boxed{2} {3}}", "2"),
+        (r"} \boxed{\left\{ 3 \right.}", r"\left\{ 3 \right"),
+        (r"\boxed{\{3\}}", r"\{3\}"),
+        (r"\boxed{}", ""),
+        (r"\boxed{3", None),
+        (r"\boxed{3\}", None),
+        (r"\boxed 3}", None),
+    ],
+)
+def test_the_braces_of_a_box_pair_up(reply, said):
+    assert extract(reply) == ((reply if said is None else said), said is not None)
+
+
+def test_a_reply_of_nothing_but_boxes_is_read_in_one_pass(monkeypatch):
+    """Every brace is looked at once, although no box is closed before the last character."""
+    seen = []
+
+    class Counting:
+        def finditer(self, reply):
+            for match in pattern.finditer(reply):
+                seen.append(match.start())
+                yield match
+
+    pattern = verify._BRACE
+    monkeypatch.setattr(verify, "_BRACE", Counting())
+    reply = "\\boxed{" * 10_000 + "3" + "}" * 10_000
+    assert extract(reply) == ("3", True)
+    assert len(seen) == len(set(seen)) == 20_000

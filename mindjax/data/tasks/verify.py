@@ -12,14 +12,30 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_BRACE = re.compile(r"\\boxed\{|\\[{}]|[{}]")
 
 
 def extract(reply: str) -> tuple[str, bool]:
-    """What the reply says, and whether it said so in `\\boxed{}` (the last one counts)."""
-    boxed = _BOXED.findall(reply)
-    text = boxed[-1] if boxed else reply
-    return text.strip().rstrip(".").strip().lower(), bool(boxed)
+    """What the reply says, and whether it said so in `\\boxed{}` (the last one that is closed counts)."""
+    box = _last_box(reply)
+    text = reply if box is None else reply[box]
+    return text.strip().rstrip(".").strip().lower(), box is not None
+
+
+def _last_box(reply: str) -> slice | None:
+    """Where the contents of the last closed `\\boxed{}` stand; braces inside it pair up, escaped ones are text.
+
+    One pass, whatever the reply: a policy may well learn to write ten thousand boxes.
+    """
+    last, opened = None, []
+    for brace in _BRACE.finditer(reply):
+        if brace[0] in ("{", "\\boxed{"):
+            opened.append(brace)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            if start[0] != "{" and (last is None or start.end() > last.start):
+                last = slice(start.end(), brace.start())
+    return last
 
 
 def is_right(answer: dict[str, Any], reply: str) -> bool:
