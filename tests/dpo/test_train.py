@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -118,3 +118,49 @@ def test_terms_of_the_mixture_of_experts():
     packed = pack_pairs([(0,), (1,)], pairs(), tiny.SHAPE, None)
     loss, router = jax.jit(DPOLoss(config, 0.1, "none"))(tiny.init(config), packed)
     assert float(loss.count) == 2 and float(router.count) == 4 * 2
+
+
+CHANGED = {
+    "beta": 0.7,
+    "reference": True,
+    "epochs": 2,
+    "steps": 7,
+    "rows": 3,
+    "length": 96,
+    "micro_batches": 2,
+    "optimizer": OptimizerConfig(b1=0.5),
+    "remat": "full",
+    "dtype": "bfloat16",
+    "seed": 5,
+    "drop_too_long": True,
+    "checkpoint_every": 9,
+    "keep_checkpoints": 5,
+}
+
+
+def test_every_setting_changes_something(monkeypatch, tmp_path):
+    seen = []
+
+    def capture(step, state, loader, *, identity, **options):
+        batches = [loader.indices(i) for i in range(len(loader))]
+        first = loader[0][0]
+        seen.append(repr((step._loss_fn, step._dtype, step._config, first.batch.tokens.shape, batches, options)))
+        seen[-1] += repr((first.reference is None, loader.dropped))
+
+    monkeypatch.setattr("mindjax.dpo.train.fit", capture)
+    assert set(CHANGED) == {field.name for field in fields(DPOConfig)}
+
+    def observe(config, data=None):
+        train(config, MODEL, tiny.init(MODEL), data or pairs(8), tmp_path)
+        return seen[-1]
+
+    base = observe(CONFIG)
+    for name, value in CHANGED.items():
+        if name == "drop_too_long":
+            long = tiny.sample(np.random.default_rng(0), 40)
+            with pytest.raises(ValueError, match="do not fit"):
+                observe(replace(CONFIG, length=64), [*pairs(8), Pair(long, long)])
+            assert "(8,)" in observe(replace(CONFIG, length=64, drop_too_long=True), [*pairs(8), Pair(long, long)])
+        else:
+            changes = {name: value, **({"steps": None} if name == "epochs" else {})}
+            assert observe(replace(CONFIG, **changes)) != base, f"{name} changes nothing"
