@@ -1,30 +1,42 @@
-"""CUDA C++ kernels, their build and their bindings; imports jax or torch and numpy alone."""
+"""CUDA C++ and CPU kernels, their build and their bindings; imports jax or torch and numpy alone."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from kernels_cuda import library
+
 
 def status() -> dict[str, Any]:
-    """What this machine could build and run: `nvcc` (path or None), `gpus` (names), `sources`, `built`, `message`."""
-    folder = Path(__file__).parent
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
-    gpus = _gpus()
-    sources = sorted(path.name for path in folder.rglob("*.cu"))
-    built = sorted(path.name for path in folder.rglob("*.so"))
-    if not sources:
-        message = "no kernels in this version; the paths in jnp are used"
-    elif not gpus:
-        message = "no NVIDIA GPU here; the paths in jnp are used"
-    elif built:
-        message = f"{len(built)} built"
-    else:
-        message = "not built" if nvcc else "not built, and no nvcc: install the CUDA toolkit or set CUDA_HOME"
-    return {"nvcc": nvcc, "gpus": gpus, "sources": sources, "built": built, "message": message}
+    """What this machine could build and run.
+
+    Returns:
+      `nvcc` (path or None), `gpus` (names), `sources` (of CUDA), `built` (library files), `isa` (what the CPU library
+      runs on, None without one), `problems` (backend -> what is missing and how to get it, for those that matter
+      here), `message` (one line).
+    """
+    libraries = {backend: library.load(backend) for backend in library.BACKENDS}
+    cpu, gpus = libraries["cpu"].handle, _gpus()
+    isa = cpu.mjk_isa().decode() if cpu else None
+    problems = {
+        backend: found.problem for backend, found in libraries.items() if found.problem and (gpus or backend != "cuda")
+    }
+    message = f"CPU: {isa}" if isa else f"CPU: the jnp loop is used; {problems['cpu']}"
+    if "cuda" in problems:
+        message += f"; CUDA: {problems['cuda']}"
+    elif gpus:
+        message += f"; CUDA: {libraries['cuda'].path}"
+    return {
+        "nvcc": library.nvcc(),
+        "gpus": gpus,
+        "sources": sorted(path.name for path in Path(__file__).parent.rglob("*.cu")),
+        "built": [str(found.path) for found in libraries.values() if found.handle],
+        "isa": isa,
+        "problems": problems,
+        "message": message,
+    }
 
 
 def _gpus() -> list[str]:

@@ -28,6 +28,10 @@ typedef struct mjk_pool {
   void (*run)(void* self, int64_t count, void (*task)(void* context, int64_t i), void* context);
 } mjk_pool;
 
+// The CPU library's own pool, for callers that have none; threads < 1: one per core. Destroy it when no call uses it.
+MJK_API const mjk_pool* mjk_pool_create(int32_t threads);
+MJK_API void mjk_pool_destroy(const mjk_pool* pool);
+
 MJK_API int32_t mjk_abi_version(void);
 // What the library runs on, e.g. "amx_bf16", "avx512_bf16", "avx2", "scalar", "sm_90a"; MINDJAX_CPU_ISA lowers the CPU's.
 MJK_API const char* mjk_isa(void);

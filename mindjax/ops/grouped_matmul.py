@@ -14,96 +14,133 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_cuda import jax_binding, library
 from mindjax.ops.bits import from_bits, to_bits
 from mindjax.ops.matmul import contract, contract_rows
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("loop", "ragged_dot")
+IMPLEMENTATIONS = ("auto", "reference", "loop", "ragged_dot", "cpu", "cuda", "cutlass", "pallas")
 
 
-def grouped_matmul_reference(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+def grouped_matmul_reference(x: Array, w: Array, group_sizes: Array) -> Array:
     """The definition, one masked product per group; G times the work. See `grouped_matmul`."""
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
-    row = jnp.arange(lhs.shape[0])
+    row = jnp.arange(x.shape[0])
 
     def add_group(out: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
         start, end, matrix = group
-        rows = jnp.where(((row >= start) & (row < end))[:, None], lhs, jnp.zeros((), lhs.dtype))
-        return out + jnp.matmul(rows, matrix, preferred_element_type=jnp.float32), None
+        rows = jnp.where(((row >= start) & (row < end))[:, None], x, jnp.zeros((), x.dtype))
+        return out + contract(rows, matrix, (1,), (0,)), None
 
-    out = jnp.zeros((lhs.shape[0], rhs.shape[2]), jnp.float32)
-    return lax.scan(add_group, out, (starts, ends, rhs))[0].astype(lhs.dtype)
+    out = jnp.zeros((x.shape[0], w.shape[2]), jnp.float32)
+    return _zero_past(lax.scan(add_group, out, (starts, ends, w))[0].astype(x.dtype), ends[-1])
 
 
-def grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, *, implementation: str | None = None) -> Array:
+def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: str = "auto") -> Array:
     """Multiplies each group of consecutive rows with its own matrix, accumulating in float32.
 
     Args:
-      lhs: [R, K]; the first `group_sizes[0]` rows belong to group 0, the next to group 1, and so on.
-      rhs: [G, K, N], of the dtype of `lhs`.
+      x: [R, K]; the first `group_sizes[0]` rows belong to group 0, the next to group 1, and so on.
+      w: [G, K, N], of the dtype of `x`, float32 or bfloat16.
       group_sizes: [G] int32, each >= 0, their sum <= R.
-      implementation: "loop" (over the groups that have rows, in tiles of rows) or "ragged_dot" (XLA's own, which
-        expands densely on the CPU: 8 to 200 times the work); None takes the first on a CPU, else the second.
+      implementation: "auto" takes the best path of the platform that the computation runs on: the library of
+        `kernels_cuda` on CPU and CUDA where it is built, Pallas on TPU, else "loop" on CPU and "ragged_dot" elsewhere.
+        Or one of them by name: "cpu", "cuda", "cutlass" (an independent check of "cuda"), "pallas", "loop" (jnp, over
+        the groups that have rows, in tiles of rows), "ragged_dot" (XLA's own, which expands densely on the CPU: 8 to
+        200 times the work), "reference" (the definition, differentiated by JAX).
 
     Returns:
-      [R, N] in the dtype of `lhs`. Rows past the last group are zero and pass no gradient, whatever they hold
+      [R, N] in the dtype of `x`. Rows past the last group are zero and pass no gradient, whatever they hold
       (NaN included); a group without rows has a zero gradient.
 
     Raises:
-      ValueError: for shapes that do not fit, or an unknown implementation.
+      ValueError: for shapes or dtypes that do not fit, an unknown implementation, or one whose library is missing.
     """
-    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
-            f"grouped_matmul takes lhs [R, K], rhs [G, K, N], group_sizes [G]; got {lhs.shape}, {rhs.shape}, "
+            f"grouped_matmul takes x [R, K], w [G, K, N], group_sizes [G]; got {x.shape}, {w.shape}, "
             f"{group_sizes.shape}"
         )
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
-    return _grouped_matmul(lhs, rhs, group_sizes, implementation)
+    if x.dtype != w.dtype or x.dtype not in (jnp.float32, jnp.bfloat16) or group_sizes.dtype != jnp.int32:
+        raise ValueError(
+            "grouped_matmul takes x and w of one dtype, float32 or bfloat16, and int32 group_sizes; got "
+            f"{x.dtype}, {w.dtype}, {group_sizes.dtype}"
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    backend = {"cpu": "cpu", "cuda": "cuda", "cutlass": "cuda"}.get(implementation)
+    if backend and not jax_binding.available(backend):
+        raise ValueError(f"implementation {implementation!r}: {library.load(backend).problem}")
+    if implementation == "reference":
+        return grouped_matmul_reference(x, w, group_sizes)
+    return _grouped_matmul(x, w, group_sizes, implementation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(lhs: Array, rhs: Array, group_sizes: Array, implementation: str | None) -> Array:
-    return _gmm(lhs, rhs, group_sizes, False, implementation)
+def _grouped_matmul(x: Array, w: Array, group_sizes: Array, implementation: str) -> Array:
+    return _gmm(x, w, group_sizes, False, implementation)
 
 
-def _forward(
-    lhs: Array, rhs: Array, group_sizes: Array, implementation: str | None
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _gmm(lhs, rhs, group_sizes, False, implementation), (lhs, rhs, group_sizes)
+def _forward(x: Array, w: Array, group_sizes: Array, implementation: str) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _gmm(x, w, group_sizes, False, implementation), (x, w, group_sizes)
 
 
-def _backward(
-    implementation: str | None, saved: tuple[Array, Array, Array], g: Array
-) -> tuple[Array, Array, np.ndarray]:
-    lhs, rhs, group_sizes = saved
-    dlhs = _gmm(g, rhs, group_sizes, True, implementation)
-    drhs = _tgmm(lhs, g, group_sizes, implementation)
-    return dlhs, drhs, np.zeros(group_sizes.shape, jax.dtypes.float0)
+def _backward(implementation: str, saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, np.ndarray]:
+    x, w, group_sizes = saved
+    dx = _gmm(g, w, group_sizes, True, implementation)
+    dw = _tgmm(x, g, group_sizes, implementation)
+    return dx, dw, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _gmm(lhs: Array, rhs: Array, group_sizes: Array, transposed: bool, implementation: str | None) -> Array:
+def _gmm(x: Array, w: Array, group_sizes: Array, transposed: bool, implementation: str) -> Array:
     """[R, K] by [G, K, N], or by [G, N, K] transposed, gives [R, N]."""
-    loop, ragged = partial(_gmm_loop, transposed=transposed), partial(_gmm_ragged, transposed=transposed)
-    return _choose(loop, ragged, implementation, lhs, rhs, group_sizes)
+    call = jax_binding.gmm_t if transposed else jax_binding.gmm
+    paths: dict[str, Callable[..., Array]] = {
+        "loop": partial(_gmm_loop, transposed=transposed),
+        "ragged_dot": partial(_gmm_ragged, transposed=transposed),
+        "pallas": partial(_pallas("gmm"), transposed=transposed),
+        "library": call,
+        "cutlass": partial(call, by="cutlass"),
+    }
+    return _choose(paths, implementation, x, w, group_sizes)
 
 
-def _tgmm(lhs: Array, g: Array, group_sizes: Array, implementation: str | None) -> Array:
+def _tgmm(x: Array, g: Array, group_sizes: Array, implementation: str) -> Array:
     """[R, K] and [R, N], contracted over the rows of each group, give [G, K, N]."""
-    return _choose(_tgmm_loop, _tgmm_ragged, implementation, lhs, g, group_sizes)
+    paths: dict[str, Callable[..., Array]] = {
+        "loop": _tgmm_loop,
+        "ragged_dot": _tgmm_ragged,
+        "pallas": _pallas("tgmm"),
+        "library": jax_binding.tgmm,
+        "cutlass": partial(jax_binding.tgmm, by="cutlass"),
+    }
+    return _choose(paths, implementation, x, g, group_sizes)
 
 
-def _choose(
-    loop: Callable[..., Array], ragged: Callable[..., Array], implementation: str | None, *operands: Array
-) -> Array:
-    if implementation is None:
-        return lax.platform_dependent(*operands, cpu=loop, default=ragged)
-    return (loop if implementation == "loop" else ragged)(*operands)
+def _pallas(product: str) -> Callable[..., Array]:
+    def call(*operands: Array, **options: bool) -> Array:
+        from mindjax.ops import pallas_grouped_matmul  # Pallas takes a second to import, and only a TPU needs it
+
+        return getattr(pallas_grouped_matmul, product)(*operands, **options)
+
+    return call
+
+
+def _choose(paths: dict[str, Callable[..., Array]], implementation: str, *operands: Array) -> Array:
+    if implementation != "auto":
+        return paths["library" if implementation in ("cpu", "cuda") else implementation](*operands)
+    return lax.platform_dependent(
+        *operands,
+        cpu=paths["library" if jax_binding.available("cpu") else "loop"],
+        cuda=paths["library" if jax_binding.available("cuda") else "ragged_dot"],
+        tpu=paths["pallas"],
+        default=paths["ragged_dot"],
+    )
 
 
 # ---- a loop over groups and tiles

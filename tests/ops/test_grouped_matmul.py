@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernels_cuda.jax_binding
+import kernels_cuda.library
 from mindjax.ops.grouped_matmul import grouped_matmul, grouped_matmul_reference
 
 K, N = 12, 20
@@ -43,9 +45,9 @@ def expected(lhs: np.ndarray, rhs: np.ndarray, g: np.ndarray, sizes: list[int]) 
     return out, dlhs, drhs
 
 
-@pytest.mark.parametrize("implementation", [None, "loop", "ragged_dot"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", "loop", "ragged_dot"])
 @pytest.mark.parametrize("name", CASES)
-def test_product_and_gradients(name: str, implementation: str | None) -> None:
+def test_product_and_gradients(name: str, implementation: str) -> None:
     sizes, rows = CASES[name]
     lhs, rhs, g = operands(sizes, rows)
 
@@ -92,7 +94,25 @@ def test_bfloat16_accumulates_in_float32() -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match=r"lhs \[R, K\]"):
+    with pytest.raises(ValueError, match=r"x \[R, K\]"):
         grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 5, 6)), jnp.ones(2, jnp.int32))
     with pytest.raises(ValueError, match="implementation must be one of"):
         grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 3, 6)), jnp.ones(2, jnp.int32), implementation="fast")
+    with pytest.raises(ValueError, match="one dtype, float32 or bfloat16, and int32"):
+        grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 3, 6), jnp.bfloat16), jnp.ones(2, jnp.int32))
+
+
+def test_missing_library_is_an_error_that_says_how_to_build_it() -> None:
+    if kernels_cuda.library.load("cuda").handle is None:
+        with pytest.raises(ValueError, match="built"):
+            grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 3, 6)), jnp.ones(2, jnp.int32), implementation="cuda")
+
+
+def test_without_a_library_auto_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_cuda.jax_binding, "available", lambda backend: False)
+    sizes, rows = CASES["tail"]
+    lhs, rhs, g = operands(sizes, rows)
+    program = jax.jit(grouped_matmul).lower(lhs, rhs, jnp.asarray(sizes, jnp.int32))
+    assert "mjk_gmm" not in program.as_text() and "while" in program.as_text()
+    out = program.compile()(lhs, rhs, jnp.asarray(sizes, jnp.int32))
+    np.testing.assert_allclose(out, expected(lhs, rhs, g, sizes)[0], atol=1e-5)

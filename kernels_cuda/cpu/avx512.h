@@ -1,0 +1,252 @@
+// Packing and storing with AVX-512 (F, BW, VL, DQ), for tiles of 32 columns.
+//
+// A packed panel is made of 32-bit words: a float32, or the bfloat16 of k and k + 1 (the pair that VDPBF16PS and
+// TDPBF16PS multiply). B's panels are [k words][32 columns].
+#pragma once
+#include <immintrin.h>
+
+#include "blocking.h"
+
+namespace mindjax {
+namespace {
+
+// What a source element becomes: `Word` loads give 16 words of consecutive k from one row.
+struct FloatSource {
+  using Source = float;
+  using Packed = float;
+  static constexpr int64_t kPerWord = 1;
+};
+struct WidenedSource {
+  using Source = uint16_t;
+  using Packed = float;
+  static constexpr int64_t kPerWord = 1;
+};
+struct PairSource {
+  using Source = uint16_t;
+  using Packed = uint16_t;
+  static constexpr int64_t kPerWord = 2;
+};
+
+inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+inline __mmask32 first_halves(int64_t count) {
+  return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+inline __m512i widen16(__m256i x) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+
+// 16 words, one per lane, of `count` consecutive elements along k; zeros past them.
+inline __m512i load_along_k(FloatSource, const float* p, int64_t count) {
+  return _mm512_castps_si512(_mm512_maskz_loadu_ps(first_lanes(count), p));
+}
+inline __m512i load_along_k(WidenedSource, const uint16_t* p, int64_t count) {
+  return widen16(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+inline __m512i load_along_k(PairSource, const uint16_t* p, int64_t count) {
+  return _mm512_maskz_loadu_epi16(first_halves(count), p);
+}
+
+// 16 words, one per lane, of `lanes` neighbours at one k (at k and k + 1 where `next` is not NULL and words are pairs).
+inline __m512i load_across(FloatSource, const float* p, const float*, int64_t lanes) {
+  return _mm512_castps_si512(_mm512_maskz_loadu_ps(first_lanes(lanes), p));
+}
+inline __m512i load_across(WidenedSource, const uint16_t* p, const uint16_t*, int64_t lanes) {
+  return widen16(_mm256_maskz_loadu_epi16(first_lanes(lanes), p));
+}
+inline __m512i load_across(PairSource, const uint16_t* p, const uint16_t* next, int64_t lanes) {
+  const __mmask16 mask = first_lanes(lanes);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+  if (!next) return low;
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16));
+}
+
+// Lane j of vector i becomes lane i of vector j.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// `lanes` rows of `count` elements along k, `stride` apart, as words: out[i] holds word i of each row, one per lane.
+template <class S>
+void load_transposed(S source, __m512i (&out)[16], const typename S::Source* p, int64_t stride, int64_t lanes,
+                     int64_t count) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) out[i] = i < lanes ? load_along_k(source, p + i * stride, count) : _mm512_setzero_si512();
+  transpose(out);
+}
+
+// All panels of B: [words][32] each, words of zeros up to `padded` elements of k.
+template <class S>
+void pack_columns(S source, typename S::Packed* out, int64_t stride, const Block& block, int64_t k0, int64_t depth,
+                  int64_t padded) {
+  constexpr int64_t kPer = S::kPerWord;
+  const auto* b = static_cast<const typename S::Source*>(block.b);
+  const int64_t words = (padded + kPer - 1) / kPer, panel = stride * (int64_t)sizeof(*out) / 4;
+  int32_t* to = reinterpret_cast<int32_t*>(out);
+  if (!block.b_transposed) {
+    // Along rows of B, which memory streams; each word row goes to all panels.
+    for (int64_t w = 0; w < words; ++w) {
+      const int64_t k = w * kPer;
+      const auto* row = b + (k0 + k) * block.ldb;
+      const auto* next = kPer == 2 && k + 1 < depth ? row + block.ldb : nullptr;
+      int32_t* at = to + w * 32;
+      for (int64_t n0 = 0; n0 < block.n; n0 += 32, at += panel) {
+        __m512i low = _mm512_setzero_si512(), high = low;
+        if (k < depth) {
+          const int64_t lanes = block.n - n0;
+          low = load_across(source, row + n0, next ? next + n0 : nullptr, lanes);
+          if (lanes > 16) high = load_across(source, row + n0 + 16, next ? next + n0 + 16 : nullptr, lanes - 16);
+        }
+        _mm512_storeu_si512(at, low);
+        _mm512_storeu_si512(at + 16, high);
+      }
+    }
+    return;
+  }
+  for (int64_t n0 = 0; n0 < block.n; n0 += 16) {
+    int32_t* at = to + n0 / 32 * panel + n0 % 32;
+    const int64_t lanes = smaller(16, block.n - n0);
+    for (int64_t w = 0; w < words; w += 16) {
+      __m512i r[16];
+      load_transposed(source, r, b + n0 * block.ldb + k0 + w * kPer, block.ldb, lanes, depth - w * kPer);
+      const int64_t count = smaller(16, words - w);
+      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(at + (w + i) * 32, r[i]);
+    }
+  }
+  if (block.n % 32 && block.n % 32 <= 16) {  // the last panel's second half
+    int32_t* at = to + block.n / 32 * panel + 16;
+    for (int64_t w = 0; w < words; ++w) _mm512_storeu_si512(at + w * 32, _mm512_setzero_si512());
+  }
+}
+
+// One panel of A as [words][kTileRows], kTileRows <= 16.
+template <int64_t kTileRows, class S>
+void pack_rows(S source, typename S::Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0,
+               int64_t depth) {
+  constexpr int64_t kPer = S::kPerWord;
+  const auto* a = static_cast<const typename S::Source*>(block.a);
+  const int64_t words = (depth + kPer - 1) / kPer;
+  constexpr __mmask16 mask = (1u << kTileRows) - 1;
+  int32_t* to = reinterpret_cast<int32_t*>(out);
+  if (block.a_transposed) {
+    for (int64_t w = 0; w < words; ++w) {
+      const auto* row = a + (k0 + w * kPer) * block.lda + m0;
+      const auto* next = kPer == 2 && w * kPer + 1 < depth ? row + block.lda : nullptr;
+      _mm512_mask_storeu_epi32(to + w * kTileRows, mask, load_across(source, row, next, rows));
+    }
+    return;
+  }
+  for (int64_t w = 0; w < words; w += 16) {
+    __m512i r[16];
+    load_transposed(source, r, a + m0 * block.lda + k0 + w * kPer, block.lda, rows, depth - w * kPer);
+    const int64_t count = smaller(16, words - w);
+    for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_epi32(to + (w + i) * kTileRows, mask, r[i]);
+  }
+}
+
+// To nearest, ties to even; a NaN stays one. In integers, as VCVTNEPS2BF16 would flush subnormals.
+inline __m256i narrow16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+
+// `sums` is [kTileRows][32].
+inline void store_tile(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
+  const __mmask16 low = first_lanes(columns), high = first_lanes(columns - 16);
+  for (int64_t i = 0; i < rows; ++i, sums += 32) {
+    const int64_t at = (m0 + i) * block.ldc + n0;
+    __m512 x = _mm512_loadu_ps(sums), y = _mm512_loadu_ps(sums + 16);
+    if (block.out == MJK_BF16) {
+      uint16_t* c = static_cast<uint16_t*>(block.c) + at;
+      _mm256_mask_storeu_epi16(c, low, narrow16(x));
+      if (high) _mm256_mask_storeu_epi16(c + 16, high, narrow16(y));
+    } else {
+      float* c = static_cast<float*>(block.c) + at;
+      if (block.accumulate) {
+        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(low, c));
+        if (high) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(high, c + 16));
+      }
+      _mm512_mask_storeu_ps(c, low, x);
+      if (high) _mm512_mask_storeu_ps(c + 16, high, y);
+    }
+  }
+}
+
+// A tile of kTileRows x 32 sums held in vector registers. Step::run adds one word of k: broadcast A by two vectors of B.
+template <class S, class Step, int64_t kTileRows>
+struct VectorTile {
+  using Packed = typename S::Packed;
+  static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord;
+
+  static void pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
+    pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
+  }
+  static void pack_b(Packed* out, int64_t stride, const Block& block, int64_t k0, int64_t depth) {
+    pack_columns(S(), out, stride, block, k0, depth, depth);
+  }
+  static void store(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
+    store_tile(block, m0, rows, n0, columns, sums);
+  }
+
+  template <int R>
+  static void run(int64_t words, const int32_t* a, const int32_t* b, float* sums, bool first) {
+    __m512 c[R][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < 2; ++j) c[i][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * 32 + j * 16);
+    for (int64_t w = 0; w < words; ++w, a += kRows, b += 32) {
+      const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const __m512i ai = _mm512_set1_epi32(a[i]);
+        c[i][0] = Step::run(c[i][0], ai, b0);
+        c[i][1] = Step::run(c[i][1], ai, b1);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < 2; ++j) _mm512_storeu_ps(sums + i * 32 + j * 16, c[i][j]);
+  }
+
+  static void multiply(int64_t rows, int64_t depth, const Packed* a, const Packed* b, float* sums, bool first) {
+    const int64_t words = (depth + S::kPerWord - 1) / S::kPerWord;
+    const auto *aw = reinterpret_cast<const int32_t*>(a), *bw = reinterpret_cast<const int32_t*>(b);
+    // The rest of the rows in two sizes, so that few rows cost little.
+    if (rows > kRows / 2) return run<kRows>(words, aw, bw, sums, first);
+    if (rows > kRows / 4) return run<kRows / 2>(words, aw, bw, sums, first);
+    run<kRows / 4>(words, aw, bw, sums, first);
+  }
+};
+
+inline void nothing() {}
+
+}  // namespace
+}  // namespace mindjax

@@ -1,0 +1,192 @@
+// The C ABI of the fused operations: what the tasks are.
+#include "fused.h"
+
+#include <cstring>
+#include <vector>
+
+#include "errors.h"
+#include "isa.h"
+#include "pool.h"
+
+namespace mindjax {
+
+extern const FusedIsa kFusedScalar;
+#ifdef MINDJAX_AVX2
+extern const FusedIsa kFusedAvx2;
+#endif
+#ifdef MINDJAX_AVX512F
+extern const FusedIsa kFusedAvx512F;
+#endif
+
+namespace {
+
+const FusedIsa& fused_isa() {
+  const char* name = isa().name;
+  if (!std::strcmp(name, "scalar")) return kFusedScalar;
+#ifdef MINDJAX_AVX2
+  if (!std::strcmp(name, "avx2")) return kFusedAvx2;
+#endif
+#ifdef MINDJAX_AVX512F
+  return kFusedAvx512F;
+#else
+  return kFusedScalar;
+#endif
+}
+
+const Fused* fused_for(mjk_dtype dtype) {
+  if (dtype == MJK_F32) return &fused_isa().f32;
+  if (dtype == MJK_BF16) return &fused_isa().bf16;
+  fail(MJK_UNSUPPORTED, "the CPU's fused operations take float32 and bfloat16, not dtype %d", int(dtype));
+  return nullptr;
+}
+
+// Runs function(i) for each i on the pool.
+template <class Function>
+void for_each(void* stream, int64_t count, const Function& function) {
+  const Task task = [](void* context, int64_t i) { (*static_cast<const Function*>(context))(i); };
+  run_tasks(static_cast<const mjk_pool*>(stream), count, task, const_cast<Function*>(&function));
+}
+
+// Enough parts for many threads, few enough that partial sums cost little; of the size alone, so that every sum has one
+// order whatever the threads.
+constexpr int64_t kParts = 64;
+constexpr int64_t kLeastElements = 16 * 1024;
+
+// Runs function(part, first, last) on parts of [0, count), whole multiples of `unit`, of `elements` numbers each.
+template <class Function>
+void for_each_part(void* stream, int64_t count, int64_t unit, int64_t elements, const Function& function) {
+  const int64_t least = (kLeastElements / elements + unit) / unit * unit;
+  const int64_t even = ((count + kParts - 1) / kParts + unit - 1) / unit * unit;
+  const int64_t size = even > least ? even : least;
+  for_each(stream, (count + size - 1) / size, [&](int64_t part) {
+    const int64_t first = part * size, last = first + size < count ? first + size : count;
+    function(part, first, last);
+  });
+}
+
+// Sums over parts of what each part wrote in its row of `size` numbers.
+class PartialSums {
+ public:
+  explicit PartialSums(int64_t size) : size_(size), sums_(size_t(kParts * size)) {}
+  float* row(int64_t part) { return &sums_[size_t(part * size_)]; }
+  void add_up(float* total) const {
+    for (int64_t i = 0; i < size_; ++i) total[i] = 0;
+    for (int64_t part = 0; part < kParts; ++part)
+      for (int64_t i = 0; i < size_; ++i) total[i] += sums_[size_t(part * size_ + i)];
+  }
+
+ private:
+  int64_t size_;
+  std::vector<float> sums_;
+};
+
+constexpr int64_t kLanes = 16;  // of the widest instruction set
+
+int check(const mjk_attention_shape& shape) {
+  if (shape.kv_heads < 1 || shape.heads % shape.kv_heads || shape.dim < 1)
+    return fail(MJK_INVALID_ARGUMENT, "attention: %lld heads do not share %lld key/value heads of %lld",
+                (long long)shape.heads, (long long)shape.kv_heads, (long long)shape.dim);
+  return MJK_OK;
+}
+
+}  // namespace
+}  // namespace mindjax
+
+using namespace mindjax;
+
+int mjk_attention(void* stream, mjk_dtype dtype, const mjk_attention_shape* shape, const void* q, const void* k,
+                  const void* v, const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index, void* out,
+                  float* normaliser) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  if (int status = check(*shape)) return status;
+  for_each(stream, shape->rows * shape->kv_heads, [&](int64_t i) {
+    kernels->attention(*shape, q, k, v, q_segments, kv_segments, q_index, out, normaliser, i);
+  });
+  return MJK_OK;
+}
+
+int mjk_attention_grad(void* stream, mjk_dtype dtype, const mjk_attention_shape* shape, const void* q, const void* k,
+                       const void* v, const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index,
+                       const void* out, const float* normaliser, const void* g, void* dq, void* dk, void* dv) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  if (int status = check(*shape)) return status;
+  for_each(stream, shape->rows * shape->kv_heads, [&](int64_t i) {
+    kernels->attention_grad(*shape, q, k, v, q_segments, kv_segments, q_index, out, normaliser, g, dq, dk, dv, i);
+  });
+  return MJK_OK;
+}
+
+int mjk_norm(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64_t size, float eps, const void* x,
+             const void* scale, const void* bias, void* y) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  for_each_part(stream, rows, 1, size, [&](int64_t, int64_t first, int64_t last) {
+    kernels->norm(centred, first, last, size, eps, x, scale, bias, y);
+  });
+  return MJK_OK;
+}
+
+int mjk_norm_grad(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64_t size, float eps, const void* x,
+                  const void* scale, const void* g, void* dx, float* d_scale, float* d_bias) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  PartialSums scale_sums(size), bias_sums(centred ? size : 0);
+  for_each_part(stream, rows, 1, size, [&](int64_t part, int64_t first, int64_t last) {
+    kernels->norm_grad(centred, first, last, size, eps, x, scale, g, dx, scale_sums.row(part),
+                       centred ? bias_sums.row(part) : nullptr);
+  });
+  scale_sums.add_up(d_scale);
+  if (centred) bias_sums.add_up(d_bias);
+  return MJK_OK;
+}
+
+int mjk_silu_product(void* stream, mjk_dtype dtype, int64_t count, const void* gate, const void* up, void* out) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  for_each_part(stream, count, kLanes, 1,
+                [&](int64_t, int64_t first, int64_t last) { kernels->silu_product(first, last, gate, up, out); });
+  return MJK_OK;
+}
+
+int mjk_silu_product_grad(void* stream, mjk_dtype dtype, int64_t count, const void* gate, const void* up, const void* g,
+                          void* d_gate, void* d_up) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  for_each_part(stream, count, kLanes, 1, [&](int64_t, int64_t first, int64_t last) {
+    kernels->silu_product_grad(first, last, gate, up, g, d_gate, d_up);
+  });
+  return MJK_OK;
+}
+
+int mjk_bias_gelu(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias, void* y) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  for_each_part(stream, rows, 1, size,
+                [&](int64_t, int64_t first, int64_t last) { kernels->bias_gelu(first, last, size, x, bias, y); });
+  return MJK_OK;
+}
+
+int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias,
+                       const void* g, void* dx, float* d_bias) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  PartialSums sums(size);
+  for_each_part(stream, rows, 1, size, [&](int64_t part, int64_t first, int64_t last) {
+    kernels->bias_gelu_grad(first, last, size, x, bias, g, dx, sums.row(part));
+  });
+  sums.add_up(d_bias);
+  return MJK_OK;
+}
+
+int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t dim, float sign, const void* x,
+             const float* cosine, const float* sine, void* y) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  if (dim % 2) return fail(MJK_INVALID_ARGUMENT, "rope: the head size must be even, not %lld", (long long)dim);
+  for_each_part(stream, rows, 1, heads * dim, [&](int64_t, int64_t first, int64_t last) {
+    kernels->rope(first, last, heads, dim, sign, x, cosine, sine, y);
+  });
+  return MJK_OK;
+}

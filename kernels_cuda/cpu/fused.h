@@ -1,0 +1,33 @@
+// Operations beside the products of a small model, each in one pass over its data; compiled once per instruction set.
+#pragma once
+#include "launch_cpu.h"
+
+namespace mindjax {
+
+// Of one element type, each on a part: a task of attention, or elements or rows [first, last).
+struct Fused {
+  void (*attention)(const mjk_attention_shape& shape, const void* q, const void* k, const void* v,
+                    const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index, void* out,
+                    float* normaliser, int64_t task);
+  void (*attention_grad)(const mjk_attention_shape& shape, const void* q, const void* k, const void* v,
+                         const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index, const void* out,
+                         const float* normaliser, const void* g, void* dq, void* dk, void* dv, int64_t task);
+  void (*norm)(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x, const void* scale,
+               const void* bias, void* y);
+  void (*norm_grad)(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x, const void* scale,
+                    const void* g, void* dx, float* d_scale, float* d_bias);
+  void (*silu_product)(int64_t first, int64_t last, const void* gate, const void* up, void* out);
+  void (*silu_product_grad)(int64_t first, int64_t last, const void* gate, const void* up, const void* g, void* d_gate,
+                            void* d_up);
+  void (*bias_gelu)(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, void* y);
+  void (*bias_gelu_grad)(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, const void* g,
+                         void* dx, float* d_bias);
+  void (*rope)(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x, const float* cosine,
+               const float* sine, void* y);
+};
+
+struct FusedIsa {
+  Fused f32, bf16;
+};
+
+}  // namespace mindjax

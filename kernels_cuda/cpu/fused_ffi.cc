@@ -1,0 +1,138 @@
+// XLA's handlers of the fused operations; their names stand in mindjax/ops.
+#include "launch_cpu.h"
+#include "xla_pool.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using ffi::AnyBuffer;
+using Ints = ffi::Buffer<ffi::S32>;
+using Floats = ffi::Buffer<ffi::F32>;
+template <class Buffer>
+using Result = ffi::Result<Buffer>;
+
+ffi::Error answer(int status) {
+  return status == MJK_OK ? ffi::Error::Success() : ffi::Error::InvalidArgument(mjk_last_error());
+}
+
+// The C ABI's name for an element type; anything else is refused by the functions themselves.
+mjk_dtype dtype_of(const AnyBuffer& buffer) {
+  return buffer.element_type() == ffi::F32    ? MJK_F32
+         : buffer.element_type() == ffi::BF16 ? MJK_BF16
+                                              : static_cast<mjk_dtype>(-1);
+}
+
+int64_t last_of(const AnyBuffer& buffer) { return buffer.dimensions().back(); }
+int64_t rows_of(const AnyBuffer& buffer) { return int64_t(buffer.element_count()) / last_of(buffer); }
+
+mjk_attention_shape attention_shape(const AnyBuffer& q, const AnyBuffer& k) {
+  const auto queries = q.dimensions(), keys = k.dimensions();
+  return {queries[0], queries[1], keys[1], queries[2], keys[2], queries[3]};
+}
+
+ffi::Error attention(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ints q_segments, Ints kv_segments,
+                     Ints q_index, Result<AnyBuffer> out, Result<Floats> normaliser) {
+  const mindjax::XlaPool pool(threads);
+  const mjk_attention_shape shape = attention_shape(q, k);
+  return answer(mjk_attention(pool.stream(), dtype_of(q), &shape, q.untyped_data(), k.untyped_data(), v.untyped_data(),
+                              q_segments.typed_data(), kv_segments.typed_data(), q_index.typed_data(),
+                              out->untyped_data(), normaliser->typed_data()));
+}
+
+ffi::Error attention_grad(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ints q_segments,
+                          Ints kv_segments, Ints q_index, AnyBuffer out, Floats normaliser, AnyBuffer g,
+                          Result<AnyBuffer> dq, Result<AnyBuffer> dk, Result<AnyBuffer> dv) {
+  const mindjax::XlaPool pool(threads);
+  const mjk_attention_shape shape = attention_shape(q, k);
+  return answer(mjk_attention_grad(pool.stream(), dtype_of(q), &shape, q.untyped_data(), k.untyped_data(),
+                                   v.untyped_data(), q_segments.typed_data(), kv_segments.typed_data(),
+                                   q_index.typed_data(), out.untyped_data(), normaliser.typed_data(), g.untyped_data(),
+                                   dq->untyped_data(), dk->untyped_data(), dv->untyped_data()));
+}
+
+ffi::Error rms_norm(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, Result<AnyBuffer> y) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_norm(pool.stream(), dtype_of(x), 0, rows_of(x), last_of(x), eps, x.untyped_data(),
+                         scale.untyped_data(), nullptr, y->untyped_data()));
+}
+
+ffi::Error rms_norm_grad(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, AnyBuffer g,
+                         Result<AnyBuffer> dx, Result<Floats> d_scale) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_norm_grad(pool.stream(), dtype_of(x), 0, rows_of(x), last_of(x), eps, x.untyped_data(),
+                              scale.untyped_data(), g.untyped_data(), dx->untyped_data(), d_scale->typed_data(),
+                              nullptr));
+}
+
+ffi::Error layer_norm(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, AnyBuffer bias,
+                      Result<AnyBuffer> y) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_norm(pool.stream(), dtype_of(x), 1, rows_of(x), last_of(x), eps, x.untyped_data(),
+                         scale.untyped_data(), bias.untyped_data(), y->untyped_data()));
+}
+
+ffi::Error layer_norm_grad(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, AnyBuffer g,
+                           Result<AnyBuffer> dx, Result<Floats> d_scale, Result<Floats> d_bias) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_norm_grad(pool.stream(), dtype_of(x), 1, rows_of(x), last_of(x), eps, x.untyped_data(),
+                              scale.untyped_data(), g.untyped_data(), dx->untyped_data(), d_scale->typed_data(),
+                              d_bias->typed_data()));
+}
+
+ffi::Error silu_product(ffi::ThreadPool threads, AnyBuffer gate, AnyBuffer up, Result<AnyBuffer> out) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_silu_product(pool.stream(), dtype_of(gate), int64_t(gate.element_count()), gate.untyped_data(),
+                                 up.untyped_data(), out->untyped_data()));
+}
+
+ffi::Error silu_product_grad(ffi::ThreadPool threads, AnyBuffer gate, AnyBuffer up, AnyBuffer g,
+                             Result<AnyBuffer> d_gate, Result<AnyBuffer> d_up) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_silu_product_grad(pool.stream(), dtype_of(gate), int64_t(gate.element_count()), gate.untyped_data(),
+                                      up.untyped_data(), g.untyped_data(), d_gate->untyped_data(),
+                                      d_up->untyped_data()));
+}
+
+ffi::Error bias_gelu(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer bias, Result<AnyBuffer> y) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_bias_gelu(pool.stream(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(), bias.untyped_data(),
+                              y->untyped_data()));
+}
+
+ffi::Error bias_gelu_grad(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer bias, AnyBuffer g, Result<AnyBuffer> dx,
+                          Result<Floats> d_bias) {
+  const mindjax::XlaPool pool(threads);
+  return answer(mjk_bias_gelu_grad(pool.stream(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(),
+                                   bias.untyped_data(), g.untyped_data(), dx->untyped_data(), d_bias->typed_data()));
+}
+
+ffi::Error rope(ffi::ThreadPool threads, float sign, AnyBuffer x, Floats cosine, Floats sine, Result<AnyBuffer> y) {
+  const mindjax::XlaPool pool(threads);
+  const auto dims = x.dimensions();
+  const int64_t dim = dims.back(), heads = dims[dims.size() - 2];
+  return answer(mjk_rope(pool.stream(), dtype_of(x), int64_t(x.element_count()) / (heads * dim), heads, dim, sign,
+                         x.untyped_data(), cosine.typed_data(), sine.typed_data(), y->untyped_data()));
+}
+
+}  // namespace
+
+// The symbols that jax_fused.py registers.
+#define MJK_FUSED(name, ...)                                          \
+  extern "C" MJK_API XLA_FFI_Error* mjk_ffi_##name(XLA_FFI_CallFrame*); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(mjk_ffi_##name, name, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>() __VA_ARGS__)
+#define MJK_ANY .Arg<AnyBuffer>()
+#define MJK_OUT .Ret<AnyBuffer>()
+#define MJK_SUM .Ret<Floats>()
+
+MJK_FUSED(attention, MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>() MJK_OUT MJK_SUM);
+MJK_FUSED(attention_grad, MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>() MJK_ANY.Arg<Floats>() MJK_ANY MJK_OUT MJK_OUT MJK_OUT);
+MJK_FUSED(rms_norm, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_OUT);
+MJK_FUSED(rms_norm_grad, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);
+MJK_FUSED(layer_norm, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_ANY MJK_OUT);
+MJK_FUSED(layer_norm_grad, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM MJK_SUM);
+MJK_FUSED(silu_product, MJK_ANY MJK_ANY MJK_OUT);
+MJK_FUSED(silu_product_grad, MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
+MJK_FUSED(bias_gelu, MJK_ANY MJK_ANY MJK_OUT);
+MJK_FUSED(bias_gelu_grad, MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);
+MJK_FUSED(rope, .Attr<float>("sign") MJK_ANY.Arg<Floats>().Arg<Floats>() MJK_OUT);

@@ -1,0 +1,64 @@
+// The table of one instruction set; see fused.h. Included once in each instruction set's file.
+#pragma once
+#include "attention_impl.h"
+#include "fused.h"
+#include "norm_impl.h"
+
+namespace mindjax {
+namespace {
+
+// The typed kernels behind untyped pointers.
+template <class T>
+struct Typed {
+  static const T* in(const void* p) { return static_cast<const T*>(p); }
+  static T* out(void* p) { return static_cast<T*>(p); }
+
+  static void attention(const mjk_attention_shape& shape, const void* q, const void* k, const void* v,
+                        const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index, void* result,
+                        float* normaliser, int64_t task) {
+    attention_task(shape, in(q), in(k), in(v), q_segments, kv_segments, q_index, out(result), normaliser, task);
+  }
+  static void attention_grad(const mjk_attention_shape& shape, const void* q, const void* k, const void* v,
+                             const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index,
+                             const void* result, const float* normaliser, const void* g, void* dq, void* dk, void* dv,
+                             int64_t task) {
+    attention_grad_task(shape, in(q), in(k), in(v), q_segments, kv_segments, q_index, in(result), normaliser, in(g),
+                        out(dq), out(dk), out(dv), task);
+  }
+  static void norm(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x, const void* scale,
+                   const void* bias, void* y) {
+    const auto rows = centred ? norm_rows<T, true> : norm_rows<T, false>;
+    rows(first, last, size, eps, in(x), in(scale), in(bias), out(y));
+  }
+  static void norm_grad(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x,
+                        const void* scale, const void* g, void* dx, float* d_scale, float* d_bias) {
+    const auto rows = centred ? norm_grad_rows<T, true> : norm_grad_rows<T, false>;
+    rows(first, last, size, eps, in(x), in(scale), in(g), out(dx), d_scale, d_bias);
+  }
+  static void silu(int64_t first, int64_t last, const void* gate, const void* up, void* result) {
+    silu_product(first, last, in(gate), in(up), out(result));
+  }
+  static void silu_grad(int64_t first, int64_t last, const void* gate, const void* up, const void* g, void* d_gate,
+                        void* d_up) {
+    silu_product_grad(first, last, in(gate), in(up), in(g), out(d_gate), out(d_up));
+  }
+  static void gelu(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, void* y) {
+    bias_gelu_rows(first, last, size, in(x), in(bias), out(y));
+  }
+  static void gelu_grad(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, const void* g,
+                        void* dx, float* d_bias) {
+    bias_gelu_grad_rows(first, last, size, in(x), in(bias), in(g), out(dx), d_bias);
+  }
+  static void rope(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x,
+                   const float* cosine, const float* sine, void* y) {
+    rope_rows(first, last, heads, dim, sign, in(x), cosine, sine, out(y));
+  }
+  static constexpr Fused table() {
+    return {attention, attention_grad, norm, norm_grad, silu, silu_grad, gelu, gelu_grad, rope};
+  }
+};
+
+constexpr FusedIsa kTable = {Typed<float>::table(), Typed<bf16>::table()};
+
+}  // namespace
+}  // namespace mindjax

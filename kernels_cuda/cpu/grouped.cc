@@ -1,0 +1,239 @@
+// The grouped products: groups are cut into blocks, which the threads of a pool take one by one.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "errors.h"
+#include "isa.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace mindjax {
+namespace {
+
+enum class Product { kGmm, kGmmT, kTgmm };
+
+// A call, in the terms of launch.h; k and n are those of w[G, K, N].
+struct Call {
+  Product product;
+  mjk_dtype in, out;
+  bool accumulate;
+  int64_t rows, k, n, groups;
+  const char *x, *w;  // tgmm: x and g
+  char* result;
+};
+
+int64_t bytes(mjk_dtype type) { return type == MJK_F32 ? 4 : type == MJK_BF16 ? 2 : 1; }
+int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// How a call is cut: into items, numbered from 0, that any thread can do in any order with the same result.
+class Plan {
+ public:
+  Plan(const Call& call, const Kernels& kernels, std::vector<int64_t> starts, int64_t threads)
+      : call_(call), kernels_(kernels), starts_(std::move(starts)) {
+    const bool tgmm = call.product == Product::kTgmm;
+    width_ = call.product == Product::kGmmT ? call.k : call.n;
+    block_m_ = 256;
+    block_n_ = 768;
+    const int64_t tallest = tgmm ? call.k : tallest_group();
+    block_m_ = even_blocks(tallest, block_m_, kernels.rows);
+    block_n_ = even_blocks(width_, block_n_, kernels.columns);
+    // Enough items that threads end together, unless they would get tiny.
+    const int64_t wanted = threads > 1 ? 3 * threads : 1;
+    while (count() < wanted) {
+      if (block_m_ >= block_n_ && block_m_ > 2 * kernels.rows)
+        block_m_ = even_blocks(block_m_, block_m_ / 2, kernels.rows);
+      else if (block_n_ > 2 * kernels.columns)
+        block_n_ = even_blocks(block_n_, block_n_ / 2, kernels.columns);
+      else
+        break;
+    }
+    count();
+    const int64_t depth = tgmm ? tallest_group() : call.product == Product::kGmmT ? call.n : call.k;
+    scratch_ = kernels.scratch(block_m_, block_n_, depth);
+    if (!tgmm) {  // rows of no group
+      zero_items_ = blocks(starts_[0], kZeroRows) + blocks(call.rows - starts_[call.groups], kZeroRows);
+    }
+  }
+
+  int64_t items() const { return first_item_.back() + zero_items_; }
+  size_t scratch() const { return scratch_; }
+  double work() const {
+    return 2.0 * double(starts_[call_.groups] - starts_[0]) * double(call_.k) * double(call_.n);
+  }
+
+  void run(int64_t item, char* scratch) const {
+    if (item >= first_item_.back()) return zero(item - first_item_.back());
+    const int64_t group = std::upper_bound(first_item_.begin(), first_item_.end(), item) - first_item_.begin() - 1;
+    const int64_t start = starts_[group], size = starts_[group + 1] - start;
+    const int64_t in = bytes(call_.in), out = bytes(call_.out), k = call_.k, n = call_.n;
+    Block b = {};
+    b.in = call_.in;
+    b.out = call_.out;
+    b.accumulate = call_.accumulate;
+    const int64_t height = call_.product == Product::kTgmm ? k : size, tall = blocks(height, block_m_);
+    const int64_t inside = item - first_item_[group];
+    const int64_t m0 = inside % tall * block_m_, n0 = inside / tall * block_n_;
+    b.m = std::min(block_m_, height - m0);
+    b.n = std::min(block_n_, width_ - n0);
+    const char* w = call_.w + group * k * n * in;
+    switch (call_.product) {
+      case Product::kGmm:
+        b.k = k, b.lda = k, b.ldb = n, b.ldc = n;
+        b.a = call_.x + (start + m0) * k * in;
+        b.b = w + n0 * in;
+        b.c = call_.result + ((start + m0) * n + n0) * out;
+        break;
+      case Product::kGmmT:
+        b.k = n, b.lda = n, b.ldb = n, b.ldc = k;
+        b.b_transposed = true;
+        b.a = call_.x + (start + m0) * n * in;
+        b.b = w + n0 * n * in;
+        b.c = call_.result + ((start + m0) * k + n0) * out;
+        break;
+      case Product::kTgmm:
+        b.k = size, b.lda = k, b.ldb = n, b.ldc = n;
+        b.a_transposed = true;
+        b.a = call_.x + (start * k + m0) * in;
+        b.b = call_.w + (start * n + n0) * in;
+        b.c = call_.result + (group * k * n + m0 * n + n0) * out;
+        break;
+    }
+    kernels_.multiply(b, scratch);
+  }
+
+ private:
+  static constexpr int64_t kZeroRows = 256;
+
+  static int64_t even_blocks(int64_t size, int64_t most, int64_t unit) {
+    const int64_t parts = std::max<int64_t>(1, blocks(size, most));
+    return std::max(unit, blocks(blocks(size, parts), unit) * unit);
+  }
+
+  int64_t tallest_group() const {
+    int64_t tallest = 0;
+    for (int64_t g = 0; g < call_.groups; ++g) tallest = std::max(tallest, starts_[g + 1] - starts_[g]);
+    return tallest;
+  }
+
+  // Numbers the items; returns how many there are.
+  int64_t count() {
+    first_item_.assign(1, 0);
+    for (int64_t g = 0; g < call_.groups; ++g) {
+      const int64_t size = starts_[g + 1] - starts_[g], height = call_.product == Product::kTgmm ? call_.k : size;
+      first_item_.push_back(first_item_.back() + blocks(height, block_m_) * blocks(width_, block_n_));
+    }
+    return first_item_.back();
+  }
+
+  void zero(int64_t i) const {
+    const int64_t before = blocks(starts_[0], kZeroRows), row = width_ * bytes(call_.out);
+    int64_t first, end;
+    if (i < before) {
+      first = i * kZeroRows, end = std::min(first + kZeroRows, starts_[0]);
+    } else {
+      first = starts_[call_.groups] + (i - before) * kZeroRows, end = std::min(first + kZeroRows, call_.rows);
+    }
+    std::memset(call_.result + first * row, 0, size_t((end - first) * row));
+  }
+
+  const Call call_;
+  const Kernels& kernels_;
+  const std::vector<int64_t> starts_;  // [groups + 1], of this call's groups
+  std::vector<int64_t> first_item_;    // [groups + 1]
+  int64_t width_, block_m_, block_n_, zero_items_ = 0;
+  size_t scratch_;
+};
+
+int run(const mjk_pool* pool, const Call& call, int64_t groups_total, int64_t group_offset,
+        const int32_t* group_sizes) {
+  if (call.in != MJK_F32 && call.in != MJK_BF16) return fail(MJK_UNSUPPORTED, "inputs must be float32 or bfloat16");
+  if (call.out != MJK_F32 && call.out != MJK_BF16) return fail(MJK_UNSUPPORTED, "the result must be float32 or bfloat16");
+  if (call.accumulate && call.out != MJK_F32) return fail(MJK_INVALID_ARGUMENT, "accumulate takes a float32 result");
+  if (call.rows < 0 || call.k < 0 || call.n < 0 || call.groups < 0 || group_offset < 0 ||
+      group_offset + call.groups > groups_total)
+    return fail(MJK_INVALID_ARGUMENT, "sizes must not be negative, and offset + groups not exceed %lld group sizes",
+                (long long)groups_total);
+  std::vector<int64_t> starts(size_t(call.groups + 1));
+  int64_t at = 0;
+  for (int64_t g = 0; g < groups_total; ++g) {
+    if (g >= group_offset && g <= group_offset + call.groups) starts[size_t(g - group_offset)] = at;
+    if (group_sizes[g] < 0) return fail(MJK_INVALID_ARGUMENT, "group %lld has %d rows", (long long)g, group_sizes[g]);
+    at += group_sizes[g];
+  }
+  if (group_offset + call.groups == groups_total) starts[size_t(call.groups)] = at;
+  if (at > call.rows)
+    return fail(MJK_INVALID_ARGUMENT, "the groups have %lld rows in all, x has %lld", (long long)at,
+                (long long)call.rows);
+  const Kernels& kernels = *(call.in == MJK_F32 ? isa().f32 : isa().bf16);
+  const Plan plan(call, kernels, std::move(starts), pool ? pool->threads : 1);
+
+  struct Shared {
+    const Plan& plan;
+    const Kernels& kernels;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
+  } shared{plan, kernels};
+  const auto work = [](void* context, int64_t) {
+    Shared& shared = *static_cast<Shared*>(context);
+    const int64_t items = shared.plan.items();
+    int64_t item = shared.next.fetch_add(1, std::memory_order_relaxed);
+    if (item >= items) return;
+    char* scratch = thread_scratch(shared.plan.scratch());
+    if (!scratch) {
+      shared.out_of_memory = true;
+      return;
+    }
+    shared.kernels.enter();
+    for (; item < items; item = shared.next.fetch_add(1, std::memory_order_relaxed)) shared.plan.run(item, scratch);
+    shared.kernels.leave();
+  };
+  // Waking a thread costs microseconds.
+  const int64_t workers = plan.work() < 4e6 || !pool ? 1 : std::min<int64_t>(pool->threads, plan.items());
+  run_tasks(pool, workers, work, &shared);
+  if (shared.out_of_memory) return fail(MJK_LAUNCH_FAILED, "no memory for %zu bytes of scratch", plan.scratch());
+  return MJK_OK;
+}
+
+}  // namespace
+}  // namespace mindjax
+
+using mindjax::Call;
+using mindjax::Product;
+
+extern "C" {
+
+int mjk_gmm(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups,
+            int64_t groups_total, int64_t group_offset, const void* x, const void* w, const int32_t* group_sizes,
+            void* out) {
+  const Call call = {Product::kGmm, in_dtype, out_dtype, false, rows, k, n, groups, static_cast<const char*>(x),
+                     static_cast<const char*>(w), static_cast<char*>(out)};
+  return mindjax::run(static_cast<const mjk_pool*>(stream), call, groups_total, group_offset, group_sizes);
+}
+
+int mjk_gmm_t(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups,
+              int64_t groups_total, int64_t group_offset, const void* g, const void* w, const int32_t* group_sizes,
+              void* out) {
+  const Call call = {Product::kGmmT, in_dtype, out_dtype, false, rows, k, n, groups, static_cast<const char*>(g),
+                     static_cast<const char*>(w), static_cast<char*>(out)};
+  return mindjax::run(static_cast<const mjk_pool*>(stream), call, groups_total, group_offset, group_sizes);
+}
+
+int mjk_tgmm(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int32_t accumulate, int64_t rows, int64_t k,
+             int64_t n, int64_t groups, int64_t groups_total, int64_t group_offset, const void* x, const void* g,
+             const int32_t* group_sizes, void* out) {
+  const Call call = {Product::kTgmm, in_dtype, out_dtype, accumulate != 0, rows, k, n, groups,
+                     static_cast<const char*>(x), static_cast<const char*>(g), static_cast<char*>(out)};
+  return mindjax::run(static_cast<const mjk_pool*>(stream), call, groups_total, group_offset, group_sizes);
+}
+
+int mjk_gmm_decode(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n,
+                   int64_t groups, int64_t groups_total, int64_t group_offset, const void* x, const void* w,
+                   const int32_t* group_sizes, void* out) {
+  return mjk_gmm(stream, in_dtype, out_dtype, rows, k, n, groups, groups_total, group_offset, x, w, group_sizes, out);
+}
+
+}  // extern "C"

@@ -1,0 +1,45 @@
+// What each instruction set provides: one block of a product at a time, on the calling thread.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "launch.h"
+
+namespace mindjax {
+
+// C[m, n] = the sum over k of A[m, k] B[k, n], accumulated in float32 in the order of k, whatever the blocking.
+struct Block {
+  mjk_dtype in, out;
+  bool accumulate;                // add to what C holds (out is F32)
+  bool a_transposed, b_transposed;  // A is stored [k, m]; B is stored [n, k]
+  const void *a, *b;
+  void* c;
+  int64_t lda, ldb, ldc;  // elements between the rows of the array as stored
+  int64_t m, n, k;
+  // Quantised inputs (E4M3, S8), both stored with k last. E4M3: a scale per 128 of k, ... ; S8: one per row of A and
+  // per column of B.
+  const float *a_scale, *b_scale;
+  int64_t lda_scale, ldb_scale;
+  int64_t column;  // of C's first column, in the whole matrix: finds the block scale
+};
+
+struct Kernels {
+  const char* name;
+  int rows, columns;  // C is computed in tiles of this many rows and columns
+  int64_t depth;      // of k that is packed at a time
+  // Bytes of scratch for a block of that size.
+  size_t (*scratch)(int64_t m, int64_t n, int64_t k);
+  // `scratch` is aligned to 64 bytes.
+  void (*multiply)(const Block& block, char* scratch);
+  // Around a thread's run of blocks (tile registers are configured and released).
+  void (*enter)();
+  void (*leave)();
+};
+
+// Per instruction set: for float32, for bfloat16 and the quantised types.
+struct Isa {
+  const char* name;
+  const Kernels *f32, *bf16;
+};
+
+}  // namespace mindjax

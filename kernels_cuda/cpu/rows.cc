@@ -1,0 +1,212 @@
+// Operations on rows: gather, combine, SwiGLU, quantise. Threads take runs of rows.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "errors.h"
+#include "portable.h"
+#include "pool.h"
+
+namespace mindjax {
+namespace {
+
+// Calls function(first, end) on parts of [0, rows) that are worth a thread's while, `cost` bytes each.
+template <class Function>
+void over_rows(void* stream, int64_t rows, int64_t cost, const Function& function) {
+  const auto* pool = static_cast<const mjk_pool*>(stream);
+  const int64_t part = std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(1, cost));
+  struct Context {
+    const Function& function;
+    int64_t rows, part;
+  } context{function, rows, part};
+  const auto task = [](void* context, int64_t i) {
+    const Context& c = *static_cast<Context*>(context);
+    c.function(i * c.part, smaller((i + 1) * c.part, c.rows));
+  };
+  run_tasks(pool, (rows + part - 1) / part, task, &context);
+}
+
+inline void put(float* p, float x) { *p = x; }
+inline void put(uint16_t* p, float x) { *p = narrow(x); }
+
+float e4m3_max() { return 448.f; }
+
+// To nearest even; the argument is within +-448 or NaN.
+uint8_t to_e4m3(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint8_t sign = uint8_t(bits >> 24) & 0x80;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return sign | 0x7f;
+  if (bits < 0x3c800000u) {  // below 2^-6: multiples of 2^-9
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof bits);
+    return sign | uint8_t(std::nearbyintf(magnitude * 512.f));
+  }
+  bits += 0x7ffffu + ((bits >> 20) & 1u);
+  return sign | uint8_t((bits >> 20) - (120u << 3));
+}
+
+template <class T>
+void quantize(int64_t rows, int64_t k, const T* x, const int32_t* index, int64_t first, int64_t end, uint8_t* out,
+              float* scales) {
+  const int64_t per_row = (k + 127) / 128;
+  for (int64_t i = first; i < end; ++i) {
+    const int64_t from = index ? index[i] : i;
+    if (from < 0 || from >= rows) {
+      std::memset(out + i * k, 0, size_t(k));
+      for (int64_t b = 0; b < per_row; ++b) scales[i * per_row + b] = 1.f;
+      continue;
+    }
+    for (int64_t b = 0; b < per_row; ++b) {
+      const T* block = x + from * k + b * 128;
+      const int64_t size = smaller(128, k - b * 128);
+      float most = 0.f;
+      bool nan = false;
+      for (int64_t j = 0; j < size; ++j) {
+        const float value = std::fabs(load(block + j));
+        most = value > most ? value : most;
+        nan |= value != value;
+      }
+      if (nan) most = NAN;
+      const float scale = most == 0.f ? 1.f : most / e4m3_max();
+      scales[i * per_row + b] = scale;
+      for (int64_t j = 0; j < size; ++j) {
+        float value = load(block + j) / scale;
+        value = value > e4m3_max() ? e4m3_max() : value < -e4m3_max() ? -e4m3_max() : value;
+        out[i * k + b * 128 + j] = to_e4m3(value);
+      }
+    }
+  }
+}
+
+template <class T>
+void unpermute(int64_t rows, int64_t choices, int64_t k, const T* x, const int32_t* index, const float* weight,
+               int64_t first, int64_t end, T* out) {
+  constexpr int64_t kPart = 256;
+  for (int64_t t = first; t < end; ++t) {
+    for (int64_t k0 = 0; k0 < k; k0 += kPart) {
+      const int64_t size = smaller(kPart, k - k0);
+      float sum[kPart] = {};
+      for (int64_t j = 0; j < choices; ++j) {
+        const int64_t from = index[t * choices + j];
+        if (from < 0 || from >= rows) continue;
+        const float scale = weight ? weight[t * choices + j] : 1.f;
+        const T* row = x + from * k + k0;
+        for (int64_t i = 0; i < size; ++i) sum[i] += scale * load(row + i);
+      }
+      for (int64_t i = 0; i < size; ++i) put(out + t * k + k0 + i, sum[i]);
+    }
+  }
+}
+
+template <class T>
+void swiglu(int64_t width, const T* gate_up, const float* scale, int64_t first, int64_t end, T* out) {
+  for (int64_t r = first; r < end; ++r) {
+    const T *gate = gate_up + r * 2 * width, *up = gate + width;
+    for (int64_t i = 0; i < width; ++i) {
+      const float x = load(gate + i), silu = x / (1.f + std::exp(-x));
+      put(out + r * width + i, silu * load(up + i) * (scale ? scale[r] : 1.f));
+    }
+  }
+}
+
+template <class T>
+void swiglu_grad(int64_t width, const T* gate_up, const float* scale, const T* d_out, int64_t first, int64_t end,
+                 T* d_gate_up, float* d_scale) {
+  for (int64_t r = first; r < end; ++r) {
+    const T *gate = gate_up + r * 2 * width, *up = gate + width;
+    T *d_gate = d_gate_up + r * 2 * width, *d_up = d_gate + width;
+    float total = 0.f;
+    for (int64_t i = 0; i < width; ++i) {
+      const float x = load(gate + i), y = load(up + i), d = load(d_out + r * width + i);
+      const float sigmoid = 1.f / (1.f + std::exp(-x)), silu = x * sigmoid;
+      const float scaled = scale ? d * scale[r] : d;
+      put(d_gate + i, scaled * y * sigmoid * (1.f + x * (1.f - sigmoid)));
+      put(d_up + i, scaled * silu);
+      total += d * silu * y;
+    }
+    if (d_scale) d_scale[r] = total;
+  }
+}
+
+bool is_float(mjk_dtype type) { return type == MJK_F32 || type == MJK_BF16; }
+
+int unsupported() { return fail(MJK_UNSUPPORTED, "rows must be float32 or bfloat16"); }
+
+}  // namespace
+}  // namespace mindjax
+
+using namespace mindjax;
+
+extern "C" {
+
+int mjk_quantize_e4m3(void* stream, mjk_dtype in_dtype, int64_t rows, int64_t out_rows, int64_t k, const void* x,
+                      const int32_t* index, void* out, float* scales) {
+  if (!is_float(in_dtype)) return unsupported();
+  over_rows(stream, out_rows, 8 * k, [=](int64_t first, int64_t end) {
+    uint8_t* to = static_cast<uint8_t*>(out);
+    if (in_dtype == MJK_F32)
+      quantize(rows, k, static_cast<const float*>(x), index, first, end, to, scales);
+    else
+      quantize(rows, k, static_cast<const uint16_t*>(x), index, first, end, to, scales);
+  });
+  return MJK_OK;
+}
+
+int mjk_permute(void* stream, mjk_dtype dtype, int64_t rows, int64_t out_rows, int64_t k, const void* x,
+                const int32_t* index, void* out) {
+  if (!is_float(dtype)) return unsupported();
+  const int64_t row = k * (dtype == MJK_F32 ? 4 : 2);
+  over_rows(stream, out_rows, 2 * row, [=](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) {
+      char* to = static_cast<char*>(out) + i * row;
+      if (index[i] < 0 || index[i] >= rows)
+        std::memset(to, 0, size_t(row));
+      else
+        std::memcpy(to, static_cast<const char*>(x) + index[i] * row, size_t(row));
+    }
+  });
+  return MJK_OK;
+}
+
+int mjk_unpermute(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, int64_t choices, int64_t k,
+                  const void* x, const int32_t* index, const float* weight, void* out) {
+  if (!is_float(dtype)) return unsupported();
+  over_rows(stream, tokens, 4 * k * (choices + 1), [=](int64_t first, int64_t end) {
+    if (dtype == MJK_F32)
+      unpermute(rows, choices, k, static_cast<const float*>(x), index, weight, first, end, static_cast<float*>(out));
+    else
+      unpermute(rows, choices, k, static_cast<const uint16_t*>(x), index, weight, first, end,
+                static_cast<uint16_t*>(out));
+  });
+  return MJK_OK;
+}
+
+int mjk_swiglu(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up, const float* scale,
+               void* out) {
+  if (!is_float(dtype)) return unsupported();
+  over_rows(stream, rows, 24 * width, [=](int64_t first, int64_t end) {
+    if (dtype == MJK_F32)
+      swiglu(width, static_cast<const float*>(gate_up), scale, first, end, static_cast<float*>(out));
+    else
+      swiglu(width, static_cast<const uint16_t*>(gate_up), scale, first, end, static_cast<uint16_t*>(out));
+  });
+  return MJK_OK;
+}
+
+int mjk_swiglu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up,
+                    const float* scale, const void* d_out, void* d_gate_up, float* d_scale) {
+  if (!is_float(dtype)) return unsupported();
+  over_rows(stream, rows, 48 * width, [=](int64_t first, int64_t end) {
+    if (dtype == MJK_F32)
+      swiglu_grad(width, static_cast<const float*>(gate_up), scale, static_cast<const float*>(d_out), first, end,
+                  static_cast<float*>(d_gate_up), d_scale);
+    else
+      swiglu_grad(width, static_cast<const uint16_t*>(gate_up), scale, static_cast<const uint16_t*>(d_out), first, end,
+                  static_cast<uint16_t*>(d_gate_up), d_scale);
+  });
+  return MJK_OK;
+}
+
+}  // extern "C"

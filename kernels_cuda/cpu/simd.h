@@ -1,0 +1,140 @@
+// Vectors of float32 for code that is compiled once per instruction set; MJK_LANES is its width.
+//
+// All of it is local to its file, and no template of the standard library is used: of those the linker keeps one copy,
+// from whichever instruction set.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define MJK_LANES 16
+#elif defined(__AVX2__)
+#define MJK_LANES 8
+#else
+#define MJK_LANES 4
+#endif
+
+typedef float vf __attribute__((vector_size(MJK_LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(MJK_LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(MJK_LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(MJK_LANES * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+static inline vf splat(float x) { return vf{} + x; }
+static inline vi splat_int(int32_t x) { return vi{} + x; }
+
+static inline vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+static inline vi load_int(const int32_t* p) {
+  vi v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline vf load(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+// To the nearest, ties to even; a NaN stays one.
+static inline void store(bf16* p, vf v) {
+  vu u = (vu)v;
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vu quiet = (u >> 16) | 0x40;
+  vh h = __builtin_convertvector((vu)(v == v ? (vi)rounded : (vi)quiet), vh);
+  memcpy(p, &h, sizeof h);
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+  uint32_t u = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+static inline void assign(float* p, float x) { *p = x; }
+static inline void assign(bf16* p, float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  p->bits = (uint16_t)(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
+}
+
+static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
+
+static inline float sum(vf v) {
+  float total = 0;
+  for (int i = 0; i < MJK_LANES; ++i) total += v[i];
+  return total;
+}
+static inline float largest(vf v) {
+  float top = v[0];
+  for (int i = 1; i < MJK_LANES; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// e^x within 2 units in the last place for x in [-87, 88]; 0 below, the value at 88 above.
+// 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of degree 6 (Cephes, expf).
+static inline vf exponential(vf x) {
+  vi tiny = x < -87.0f;
+  x = x > 88.0f ? splat(88.0f) : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  vf n = (x * 1.44269504088896341f + shift) - shift;
+  vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+  return select(tiny, vf{}, p * (vf)exponent);
+}
+
+namespace {
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Zeros, aligned to a cache line.
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t size) {
+    const size_t bytes = round_up(most(size, 1) * sizeof(T), 64);
+    data = static_cast<T*>(aligned_alloc(64, bytes));
+    if (!data) abort();
+    memset(data, 0, bytes);
+  }
+  ~Buffer() { free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T& operator[](int64_t i) { return data[i]; }
+  const T& operator[](int64_t i) const { return data[i]; }
+};
+
+template <class T>
+inline void copy_row(const T* from, int64_t size, float factor, float* to) {
+  int64_t d = 0;
+  for (; d + MJK_LANES <= size; d += MJK_LANES) store(to + d, load(from + d) * factor);
+  for (; d < size; ++d) to[d] = to_float(from[d]) * factor;
+}
+
+template <class T>
+inline void write_row(const float* from, int64_t size, float factor, T* to) {
+  int64_t d = 0;
+  for (; d + MJK_LANES <= size; d += MJK_LANES) store(to + d, load(from + d) * factor);
+  for (; d < size; ++d) assign(to + d, from[d] * factor);
+}
+
+}  // namespace
