@@ -1,4 +1,4 @@
-"""The whole job at its debug size, once killed on the way and once not."""
+"""The whole job at its debug size, once killed on the way and once not, and with a mixture of experts."""
 
 import json
 import shutil
@@ -43,9 +43,13 @@ def runs(tmp_path_factory):
     return interrupted, whole
 
 
-@pytest.fixture(scope="module")
-def finished(runs):
-    return runs[0]
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def finished(request, tmp_path_factory):
+    if request.param == "dense":
+        return request.getfixturevalue("runs")[0]
+    folder = tmp_path_factory.mktemp("moe")
+    pipeline.run(load_experiment("experiments/quickstart.py:moe-debug"), folder)
+    return folder
 
 
 def test_every_stage_leaves_its_result_replies_and_model(finished):
@@ -69,8 +73,14 @@ def test_the_arms_start_from_the_same_model_with_at_least_equal_compute_for_imit
 
 def test_the_exported_folder_is_the_last_stage_and_opens(finished):
     config, params = catalog.load(finished / "model", dtype="float32")
+    assert ("moe" in params["text"]["layers"]) == (config.text.num_experts > 0) == finished.name.startswith("moe")
     _, last = catalog.load(finished / "stages" / "dpo" / "model", dtype="float32")
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, last)))
+    _, first = catalog.load(finished / "stages" / "knowledge" / "model", dtype="float32")
+    layers, before = (p["text"]["layers"] for p in (params, first))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), layers, before))), (
+        "a part is not trained"
+    )
     processor = Processor.from_pretrained(finished / "model")
     assert processor.image_token_id == config.image_token_id
     assert (
