@@ -15,7 +15,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 # What vLLM 0.32 needs on a machine without a GPU; read when it is imported, so it must stand before.
 ENVIRONMENT = {
@@ -39,6 +42,7 @@ def greedy(
     max_new_tokens: int,
     forbidden_tokens: Sequence[int] = (),
     dtype: str = "float32",
+    engine: Mapping[str, Any] | None = None,
     timeout: float = 300.0,
 ) -> list[list[dict[str, Any]]]:
     """Runs vLLM on model folders, one after another in one process, and returns greedy answers, stop tokens ignored.
@@ -49,6 +53,7 @@ def greedy(
       max_new_tokens: length of every answer.
       forbidden_tokens: ids that are never drawn.
       dtype: float32 or bfloat16.
+      engine: more arguments of `vllm.LLM`, such as {"kv_cache_dtype": "fp8"}.
       timeout: seconds.
 
     Returns:
@@ -62,6 +67,7 @@ def greedy(
         file.flush()
         command = [sys.executable, "-m", "mindjax.interop.vllm", file.name, "--dtype", dtype]
         command += ["--max-new-tokens", str(max_new_tokens), "--forbidden-tokens", *map(str, forbidden_tokens)]
+        command += ["--engine", json.dumps(dict(engine or {}))]
         done = subprocess.run(
             command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=timeout
         )
@@ -87,35 +93,56 @@ def _with_pictures(messages: Messages) -> list[dict[str, Any]]:
     ]
 
 
-def _answer(folder: str, conversations: Sequence[Messages], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from vllm import LLM, SamplingParams
+def start(folder: str | os.PathLike[str], dtype: str, **engine: Any) -> LLM:
+    """An engine in this process, whose environment holds `ENVIRONMENT` since before vLLM was imported."""
+    from vllm import LLM
+
+    settings = {
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 4,
+        "enable_prefix_caching": False,
+        "limit_mm_per_prompt": {"image": 4, "video": 0},
+        "seed": 0,
+    }
+    return LLM(model=str(folder), dtype=dtype, **{**settings, **engine})
+
+
+def stop() -> None:
+    """Lets the next engine start in this process, once the caller has let go of the last one."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        model=folder,
-        dtype=arguments.dtype,
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=4,
-        enable_prefix_caching=False,  # a cached prefix has no prompt log-probs
-        limit_mm_per_prompt={"image": 4, "video": 0},
-        seed=0,
-    )
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def answer(
+    llm: LLM,
+    conversations: Sequence[Messages],
+    max_new_tokens: int,
+    forbidden_tokens: Sequence[int] = (),
+    *,
+    prompt_logprobs: bool = True,
+) -> list[dict[str, Any]]:
+    """Greedy answers of an engine, see `greedy`; with `prompt_logprobs` it reads no cached prefix."""
+    from vllm import SamplingParams
+
     sampling = SamplingParams(
         temperature=0.0,
-        max_tokens=arguments.max_new_tokens,
+        max_tokens=max_new_tokens,
         ignore_eos=True,
         logprobs=0,
-        prompt_logprobs=0,
-        logit_bias=dict.fromkeys(arguments.forbidden_tokens, -100.0) or None,
+        prompt_logprobs=0 if prompt_logprobs else None,
+        logit_bias=dict.fromkeys(forbidden_tokens, -100.0) or None,
         detokenize=True,
     )
     answers = []
     for output in llm.chat([_with_pictures(messages) for messages in conversations], sampling, use_tqdm=False):
         completion = output.outputs[0]
+        steps = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
         prompt = [
             None if step is None else step[token].logprob
-            for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+            for token, step in zip(output.prompt_token_ids, steps, strict=True)
         ]
         answers.append(
             {
@@ -128,9 +155,14 @@ def _answer(folder: str, conversations: Sequence[Messages], arguments: argparse.
                 "text": completion.text,
             }
         )
+    return answers
+
+
+def _answer(folder: str, conversations: Sequence[Messages], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    llm = start(folder, arguments.dtype, **json.loads(arguments.engine))
+    answers = answer(llm, conversations, arguments.max_new_tokens, arguments.forbidden_tokens)
     del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()  # so that the next model can start
+    stop()
     return answers
 
 
@@ -140,6 +172,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--forbidden-tokens", type=int, nargs="*", default=[])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--engine", default="{}", help="JSON object, more arguments of vllm.LLM")
     arguments = parser.parse_args()
     jobs = json.loads(Path(arguments.jobs).read_text())
     print(json.dumps([_answer(folder, conversations, arguments) for folder, conversations in jobs]))

@@ -218,6 +218,29 @@ def save(
         write_json(staging / "generation_config.json", dict(generation or {}))
 
 
+def published_tensors(config: ModelConfig, params: Any, *, layout: Layout = "published") -> Iterator[tuple[str, Any]]:
+    """(published key, tensor) of every parameter, as views where the array type has them; nothing is written.
+
+    Args:
+      params: a tree of the model's parameters, of NumPy arrays or torch tensors.
+      layout: of the experts.
+
+    Raises:
+      ValueError: where the parameters are not those of `config` (all differences are named).
+    """
+    leaves = _flatten(params)
+    _check_leaves(leaves, config)
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for entry in table(config):
+            leaf = leaves[entry.path]
+            for layer in range(leaf.shape[0]) if _stacked(entry) else (None,):
+                tensor = leaf if layer is None else leaf[layer]
+                yield entry.key.format(i=layer), _published(tensor, entry, config, layout)
+
+    return tensors()
+
+
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

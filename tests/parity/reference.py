@@ -1,4 +1,4 @@
-"""Random transformers models, and the same random rows as their inputs and as our `Batch`."""
+"""The same random rows as inputs of transformers' models and as our `Batch`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 
 from mindjax.config import ModelConfig, TextConfig, VisionConfig
+from mindjax.interop.random_checkpoint import random_model as transformers_model
 from mindjax.models import hf_weights
 from mindjax.types import Batch, VisionInputs
+
+__all__ = ["DENSE", "MOE", "build", "load_gradients", "relative_errors", "transformers_model"]
 
 # What stands in a row: a number of text tokens, ("image", h, w) or ("video", frames, h, w), grids in patches.
 Piece = int | tuple[str, int, int] | tuple[str, int, int, int]
@@ -65,25 +63,6 @@ def with_text(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 def with_vision(config: ModelConfig, **changes: Any) -> ModelConfig:
     return replace(config, vision=replace(config.vision, **changes))
-
-
-def transformers_model(config: ModelConfig, folder: Path, seed: int = 0) -> PreTrainedModel:
-    """A random model of that shape: every weight random, norms and biases too, logits of scale 1 or more."""
-    folder.mkdir(parents=True, exist_ok=True)
-    moe = config.text.num_experts > 0
-    hf_config = AutoConfig.for_model("qwen3_vl_moe" if moe else "qwen3_vl", **{
-        key: value for key, value in config.to_hf().items() if key != "model_type"
-    })  # fmt: skip
-    torch.manual_seed(seed)
-    model = (Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration)(hf_config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_scale = "norm" in name and name.endswith("weight")
-            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 16
-            scale = 0.5 if "embed_tokens" in name or "lm_head" in name else fan_in**-0.5
-            parameter.copy_(torch.randn_like(parameter) * (0.2 if is_scale else scale) + (1.0 if is_scale else 0.0))
-    model.save_pretrained(folder)
-    return model
 
 
 def load_gradients(model: PreTrainedModel, config: ModelConfig, folder: Path) -> dict[str, Any]:
