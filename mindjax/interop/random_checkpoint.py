@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -54,7 +55,7 @@ def random_checkpoint(folder: Path, *, moe: bool, seed: int = 0) -> ModelConfig:
     tokenizer = train_tokenizer(list(TEXTS), 300)
     image = ImageProcessor(patch_size=8, min_pixels=32 * 32, max_pixels=128 * 128)
     processor = Processor(tokenizer, image, VideoProcessor(patch_size=8), tokenizer.chat_template)
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48} if moe else {}
+    experts: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48} if moe else {}
     config = ModelConfig(
         TextConfig(len(tokenizer), 128, 192, 4, 4, 2, 64, (12, 10, 10), 10_000.0, **experts),
         VisionConfig(4, 64, 96, 2, 128, (0, 2), num_position_embeddings=36, patch_size=8),

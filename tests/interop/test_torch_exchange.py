@@ -135,8 +135,7 @@ def test_array_over_two_devices_is_refused() -> None:
     program = (
         "import jax, jax.numpy as jnp\n"
         "from jax.sharding import NamedSharding, PartitionSpec\n"
-        "from mindjax.data.packing import collate_prompts
-from mindjax.interop.torch_exchange import to_torch\n"
+        "from mindjax.interop.torch_exchange import to_torch\n"
         "array = jax.device_put(jnp.ones((4, 4)), NamedSharding(jax.make_mesh((2,), ('d',)), PartitionSpec('d')))\n"
         "try: to_torch(array)\n"
         "except ValueError as error: print(error)\n"
