@@ -107,4 +107,6 @@ def _fit(size: int, limit: int) -> int:
 
 
 def _pad_rows(x: Array, tile: int) -> Array:
-    return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
+    """To a multiple of `tile` rows, and at least one."""
+    rows = max(1, -(-x.shape[0] // tile)) * tile
+    return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))

@@ -57,7 +57,7 @@ def assert_same_bits(q: Quantized, values: np.ndarray, scales: np.ndarray) -> No
 @pytest.mark.parametrize("largest", [None, 2.0**-9])
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_bfloat16(format: str, largest: float | None) -> None:
-    """Zeros, numbers below 2^-126, all sizes, infinities and NaN; in blocks of neighbours, and below one large number."""
+    """All sizes, zeros, numbers below 2^-126, infinities, NaN; in blocks of neighbours, and below one large number."""
     x = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(512, 128)
     if largest:
         x = np.where(np.abs(x.astype(np.float32)) <= largest, x, 0).astype(x.dtype)
