@@ -161,16 +161,12 @@ def prepare_workdir(workdir: Path, config: Any, *, change_config: bool) -> None:
     Raises:
       ValueError: the directory holds a run with another config, and `change_config` is off.
     """
+    from mindjax.train.checkpoint import differences
+
     path = workdir / "config.json"
     new = json.loads(config.to_json_best_effort())
     if path.exists() and not change_config:
-        was, now = _flat(json.loads(path.read_text())), _flat(new)
-        absent = "absent"
-        changes = [
-            f"{key}: {was.get(key, absent)} -> {now.get(key, absent)}"
-            for key in sorted(was.keys() | now.keys())
-            if was.get(key, absent) != now.get(key, absent)
-        ]
+        changes = differences(json.loads(path.read_text()), new)
         if changes:
             raise ValueError(
                 f"{workdir} holds a run with another config ({'; '.join(changes[:5])}{' ...' * (len(changes) > 5)}); "
@@ -240,13 +236,6 @@ def _refuse(unknown: Sequence[str], known: Sequence[str]) -> None:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; a field of the config is set with --config.KEY=VALUE"
         raise ValueError(f"unknown argument {unknown[0]!r}{hint}")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one of dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name in tree for key, value in _flat(tree[name], f"{prefix}{name}.").items()}
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_same_run_resumes_and_another_config_is_refused(
     assert cli.main(["run", "--config=example.py"]) == 0
     assert cli.main(["run", "--config=example.py"]) == 0
     assert cli.main(["run", "--config=example.py", "--config.optim.lr=0.5"]) == 2
-    assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().err
+    assert "optim.lr: was 0.001, is 0.5" in capsys.readouterr().err
     assert len(calls) == 2
     assert cli.main(["run", "--config=example.py", "--config.optim.lr=0.5", "--change-config"]) == 0
     assert len(Path("runs/example/command.txt").read_text().splitlines()) == 3

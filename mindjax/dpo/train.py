@@ -19,8 +19,8 @@ from mindjax.data.render import Rendered, render
 from mindjax.data.samples import DataConfig
 from mindjax.experiment import to_dataclass
 from mindjax.losses.dpo import dpo_loss
-from mindjax.models import hf_weights, qwen3_vl
-from mindjax.train.folder import open_model
+from mindjax.models import qwen3_vl
+from mindjax.train.folder import export, open_model
 from mindjax.train.loop import TrainResult, fit
 from mindjax.train.optimizer import OptimizerConfig
 from mindjax.train.state import TrainState
@@ -308,6 +308,5 @@ def main(config: ConfigDict, workdir: Path) -> None:
     model, params, processor = open_model(run.model, samples, run.max_pixels)
     pairs = [render_pair(sample, processor) for sample in samples]
     result = train(run.train, model, params, pairs, workdir)
-    hf_weights.save(workdir / "model", model, result.params)
-    processor.save_pretrained(workdir / "model")
+    export(workdir / "model", model, result.params, processor)
     print(f"{result.steps} steps; the model is in {workdir / 'model'}")

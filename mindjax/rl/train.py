@@ -24,14 +24,12 @@ from mindjax.experiment import to_dataclass
 from mindjax.inference.generate import stop_token_ids
 from mindjax.inference.sampler import SamplingConfig, prompt_shape
 from mindjax.losses.gspo import gspo_loss
-from mindjax.models import hf_weights, qwen3_vl
+from mindjax.models import qwen3_vl
 from mindjax.rl import advantages
 from mindjax.rl.rewards import RewardConfig
 from mindjax.rl.rollout import Group, PolicyBatch, Prompt, pack_responses, policy_shape, render_prompt, roll_out
-from mindjax.train.checkpoint import Checkpointer
-from mindjax.train.folder import open_model
-from mindjax.train.loop import Interrupted, NotFiniteError, TrainResult, save_bad_batch, stop_signals
-from mindjax.train.metrics import MetricsWriter, Progress
+from mindjax.train.folder import export, open_model
+from mindjax.train.loop import NotFiniteError, Run, TrainResult, save_bad_batch
 from mindjax.train.optimizer import OptimizerConfig, learning_rate
 from mindjax.train.state import TrainState
 from mindjax.train.step import Terms, router_term, train_step
@@ -203,36 +201,30 @@ def train(
             "answers": hashlib.sha256(repr([sample.answer for sample in samples]).encode()).hexdigest()[:16],
         },
     }
-    checkpointer = Checkpointer(workdir, identity, keep=config.keep_checkpoints)
     state = TrainState.create(params, config.optimizer, jax.random.key(config.seed))
-    state = checkpointer.restore(state) or state
-    updates, total = config.updates_per_rollout, config.steps
-    done = int(state.step) // updates
-    writer, progress = MetricsWriter(workdir, done), Progress(name, done, total)
-    tokens, last = 0, {}
-    try:
-        with stop_signals() as stop:
-            while done < total:
-                state, values, count = loop.step(state, done, workdir)
-                done, tokens = done + 1, tokens + count
-                last = {**values, "tokens": count, "seconds": time.monotonic() - began}
-                if evaluate and (done == total or (config.evaluate_every and done % config.evaluate_every == 0)):
-                    last |= evaluate(state.params)
-                writer.write(done, last)
-                shown = ("reward", "pass@1", "informative", "entropy", "length", "clip_low", "clip_high", "rollout_kl")
-                progress.update(done, {key: last[key] for key in shown}, count)
-                if stop.is_set() or done == total or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                    writer.sync()
-                    checkpointer.save(done * updates, state)
-                if stop.is_set() and done < total:
-                    checkpointer.close()
-                    raise Interrupted(
-                        f"stopped after step {done} of {total}, saved in {workdir}; run the same command to go on"
-                    )
-    finally:
-        progress.close()
-        writer.close()
-        checkpointer.close()
+    total, tokens, last = config.steps, 0, {}
+    with Run(
+        workdir,
+        identity,
+        state,
+        name,
+        total,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep_checkpoints,
+        updates_per_step=config.updates_per_rollout,
+    ) as run:
+        state, done = run.state, run.done
+        while done < total:
+            state, values, count = loop.step(state, done, workdir)
+            done, tokens = done + 1, tokens + count
+            last = {**values, "tokens": count, "seconds": time.monotonic() - began}
+            if evaluate and (done == total or (config.evaluate_every and done % config.evaluate_every == 0)):
+                last |= evaluate(state.params)
+            run.writer.write(done, last)
+            shown = ("reward", "pass@1", "informative", "entropy", "length", "clip_low", "clip_high", "rollout_kl")
+            run.progress.update(done, {key: last[key] for key in shown}, count)
+            if run.saves_after(done):
+                run.save(done, state)
     return TrainResult(state.params, done, time.monotonic() - began, tokens, last)
 
 
@@ -399,6 +391,5 @@ def main(config: ConfigDict, workdir: Path) -> None:
     samples = run.data.load()
     model, params, processor = open_model(run.model, samples, run.max_pixels)
     result = train(run.train, model, params, samples, processor, workdir)
-    hf_weights.save(workdir / "model", model, result.params)
-    processor.save_pretrained(workdir / "model")
+    export(workdir / "model", model, result.params, processor)
     print(f"{result.steps} steps; the model is in {workdir / 'model'}")

@@ -16,8 +16,8 @@ from mindjax.data.render import Rendered
 from mindjax.data.samples import DataConfig
 from mindjax.experiment import to_dataclass
 from mindjax.losses.sft import sft_loss
-from mindjax.models import hf_weights, qwen3_vl
-from mindjax.train.folder import open_model
+from mindjax.models import qwen3_vl
+from mindjax.train.folder import export, open_model
 from mindjax.train.loop import TrainResult, fit
 from mindjax.train.optimizer import OptimizerConfig
 from mindjax.train.state import TrainState
@@ -236,6 +236,5 @@ def main(config: ConfigDict, workdir: Path) -> None:
     model, params, processor = open_model(run.model, samples, run.max_pixels)
     held_out = RenderedSamples(run.held_out.load(), processor) if run.held_out else ()
     result = train(run.train, model, params, RenderedSamples(samples, processor), workdir, held_out=held_out)
-    hf_weights.save(workdir / "model", model, result.params)
-    processor.save_pretrained(workdir / "model")
+    export(workdir / "model", model, result.params, processor)
     print(f"{result.steps} steps; the model is in {workdir / 'model'}")

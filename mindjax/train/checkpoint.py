@@ -81,18 +81,22 @@ class Checkpointer:
             self._manager.close()
 
     def _check(self, step: int, saved: dict[str, Any]) -> None:
-        before, now = dict(_flatten(saved)), dict(_flatten(self._identity))
-        missing = "(absent)"
-        different = [
-            f"{name}: was {before.get(name, missing)!r}, is {now.get(name, missing)!r}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name, missing) != now.get(name, missing)
-        ]
-        if different:
+        changes = differences(saved, self._identity)
+        if changes:
             raise ValueError(
-                f"{self._folder / str(step)} was written by another configuration: {'; '.join(different)}. "
+                f"{self._folder / str(step)} was written by another configuration: {'; '.join(changes)}. "
                 "Set these back to resume it, or give another workdir to start afresh."
             )
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two nested dicts, each with its dotted name; lists count as values."""
+    old, new, absent = dict(_flatten(was)), dict(_flatten(now)), "(absent)"
+    return [
+        f"{name}: was {old.get(name, absent)!r}, is {new.get(name, absent)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, absent) != new.get(name, absent)
+    ]
 
 
 def _plain(state: TrainState) -> TrainState:

@@ -1,4 +1,4 @@
-"""What a run of the command line starts from: a model folder, or a catalog name for random weights."""
+"""What a run starts from, a model folder or a catalog name for random weights, and the folder that it leaves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mindjax.config import ModelConfig
 from mindjax.data.processor import Processor
 from mindjax.data.samples import new_processor
-from mindjax.models import catalog
+from mindjax.models import catalog, hf_weights
 from mindjax.types import Sample
 
 
@@ -36,3 +36,10 @@ def open_model(
         raise ValueError(f"{name!r} is random weights without a processor: set max_pixels, the area of an image")
     model, processor = new_processor(model, samples, max_pixels)
     return model, params, processor
+
+
+def export(folder: Path, model: ModelConfig, params: dict[str, Any], processor: Processor) -> None:
+    """Writes an HF folder that opens by itself: weights, configs, tokenizer and processor."""
+    generation = {"eos_token_id": processor.im_end_token_id, "pad_token_id": processor.endoftext_token_id}
+    hf_weights.save(folder, model, params, generation=generation)
+    processor.save_pretrained(folder)

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,6 @@ def fit(
       ValueError: the checkpoint in `workdir` belongs to another configuration.
     """
     began, total = time.monotonic(), len(loader)
-    checkpointer = Checkpointer(workdir, identity, keep=keep)
-    state = checkpointer.restore(state) or state
-    done = int(state.step)
-    writer, progress = MetricsWriter(workdir, done), Progress(name, done, total)
     tokens, last = 0, {}
     pending: tuple[int, Metrics, Any, float, int] | None = None  # of the step under way
 
@@ -109,33 +105,81 @@ def fit(
         last = {**values, "learning_rate": rate, "tokens": count, "seconds": time.monotonic() - began}
         if evaluate and (number == total or (evaluate_every and number % evaluate_every == 0)):
             last |= evaluate(state.params)
-        writer.write(number, last)
-        progress.update(number, {"loss": values["loss"]}, count)
+        run.writer.write(number, last)
+        run.progress.update(number, {"loss": values["loss"]}, count)
 
-    try:
-        with stop_signals() as stop:
-            for batch, count in loader.iterate(done):
-                rate = learning_rate(optimizer, done, total)
-                state, metrics = step(state, batch, rate)
-                report()
-                done, tokens = done + 1, tokens + count
-                pending = (done, metrics, batch, rate, count)
-                if evaluate and evaluate_every and done % evaluate_every == 0:
-                    report()  # before the state is donated to the next step
-                if stop.is_set() or done == total or (checkpoint_every and done % checkpoint_every == 0):
-                    report()  # before saving: a state that is not finite is never saved
-                    writer.sync()
-                    checkpointer.save(done, state)
-                if stop.is_set() and done < total:
-                    checkpointer.close()
-                    raise Interrupted(
-                        f"stopped after step {done} of {total}, saved in {workdir}; run the same command to go on"
-                    )
-    finally:
-        progress.close()
-        writer.close()
-        checkpointer.close()
+    with Run(workdir, identity, state, name, total, checkpoint_every=checkpoint_every, keep=keep) as run:
+        state, done = run.state, run.done
+        for batch, count in loader.iterate(done):
+            rate = learning_rate(optimizer, done, total)
+            state, metrics = step(state, batch, rate)
+            report()
+            done, tokens = done + 1, tokens + count
+            pending = (done, metrics, batch, rate, count)
+            if evaluate and evaluate_every and done % evaluate_every == 0:
+                report()  # before the state is donated to the next step
+            if run.saves_after(done):
+                report()  # before saving: a state that is not finite is never saved
+                run.save(done, state)
     return TrainResult(state.params, done, time.monotonic() - began, tokens, last)
+
+
+class Run(ExitStack):
+    """What stands around the steps of every run: newest checkpoint, metrics, progress line, saving and stopping.
+
+    Use it as a context manager.
+
+    Args:
+      workdir, identity, name, checkpoint_every, keep: see `fit`.
+      state: a fresh one; afterwards `run.state`, the newest checkpoint's if there is one, where `run.done` steps are
+        finished.
+      total: steps.
+      updates_per_step: by how much a step advances `state.step`.
+
+    Raises:
+      ValueError: the checkpoint in `workdir` belongs to another configuration.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        identity: Mapping[str, Any],
+        state: TrainState,
+        name: str,
+        total: int,
+        *,
+        checkpoint_every: int,
+        keep: int,
+        updates_per_step: int = 1,
+    ):
+        super().__init__()
+        self._workdir, self._total, self._checkpoint_every = workdir, total, checkpoint_every
+        self._checkpointer = Checkpointer(workdir, identity, keep=keep)
+        self.callback(self._checkpointer.close)
+        self.state = self._checkpointer.restore(state) or state
+        self.done = int(self.state.step) // updates_per_step
+        self.writer, self.progress = MetricsWriter(workdir, self.done), Progress(name, self.done, total)
+        self.callback(self.writer.close)
+        self.callback(self.progress.close)
+        self._stop = self.enter_context(stop_signals())
+
+    def saves_after(self, step: int) -> bool:
+        """Whether the state is to be saved now: after the last step, every so many, and where a signal came."""
+        due = self._checkpoint_every > 0 and step % self._checkpoint_every == 0
+        return due or step == self._total or self._stop.is_set()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves the state.
+
+        Raises:
+          Interrupted: a signal came; all is saved, but there is more to do.
+        """
+        self.writer.sync()
+        self._checkpointer.save(int(state.step), state)
+        if self._stop.is_set() and step < self._total:
+            raise Interrupted(
+                f"stopped after step {step} of {self._total}, saved in {self._workdir}; run the same command to go on"
+            )
 
 
 def save_bad_batch(workdir: Path, step: int, values: dict[str, float], batch: Any, rate: float) -> str:
