@@ -59,6 +59,24 @@ inline __m512i load_across(PairSource, const uint16_t* p, const uint16_t* next, 
   return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16));
 }
 
+// 32 words, two vectors, of neighbours at one k, or two for pairs.
+template <class S>
+void load_across(S source, const typename S::Source* p, const typename S::Source* next, int64_t lanes, __m512i& low,
+                 __m512i& high) {
+  low = load_across(source, p, next, lanes);
+  high = lanes > 16 ? load_across(source, p + 16, next ? next + 16 : nullptr, lanes - 16) : _mm512_setzero_si512();
+}
+inline void load_across(PairSource, const uint16_t* p, const uint16_t* next, int64_t lanes, __m512i& low,
+                        __m512i& high) {
+  const __mmask32 mask = first_halves(lanes);
+  const __m512i x = _mm512_maskz_loadu_epi16(mask, p);
+  const __m512i y = next ? _mm512_maskz_loadu_epi16(mask, next) : _mm512_setzero_si512();
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  low = _mm512_permutex2var_epi16(x, first, y);
+  high = _mm512_permutex2var_epi16(x, _mm512_add_epi16(first, _mm512_set1_epi16(16)), y);
+}
+
 // Lane j of vector i becomes lane i of vector j.
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
@@ -103,7 +121,7 @@ void load_transposed(S source, __m512i (&out)[16], const typename S::Source* p, 
 template <class S>
 void pack_columns(S source, typename S::Packed* out, int64_t stride, const Block& block, int64_t k0, int64_t depth,
                   int64_t padded) {
-  constexpr int64_t kPer = S::kPerWord;
+  constexpr int64_t kPer = S::kPerWord, kRowsAhead = 8;  // rows of B that are fetched ahead
   const auto* b = static_cast<const typename S::Source*>(block.b);
   const int64_t words = (padded + kPer - 1) / kPer, panel = stride * (int64_t)sizeof(*out) / 4;
   int32_t* to = reinterpret_cast<int32_t*>(out);
@@ -114,12 +132,14 @@ void pack_columns(S source, typename S::Packed* out, int64_t stride, const Block
       const auto* row = b + (k0 + k) * block.ldb;
       const auto* next = kPer == 2 && k + 1 < depth ? row + block.ldb : nullptr;
       int32_t* at = to + w * 32;
+      const bool ahead = k + kRowsAhead + kPer <= depth;
       for (int64_t n0 = 0; n0 < block.n; n0 += 32, at += panel) {
+        if (ahead)
+          for (int64_t i = 0; i < kPer; ++i)
+            _mm_prefetch(reinterpret_cast<const char*>(row + (kRowsAhead + i) * block.ldb + n0), _MM_HINT_T0);
         __m512i low = _mm512_setzero_si512(), high = low;
         if (k < depth) {
-          const int64_t lanes = block.n - n0;
-          low = load_across(source, row + n0, next ? next + n0 : nullptr, lanes);
-          if (lanes > 16) high = load_across(source, row + n0 + 16, next ? next + n0 + 16 : nullptr, lanes - 16);
+          load_across(source, row + n0, next ? next + n0 : nullptr, block.n - n0, low, high);
         }
         _mm512_storeu_si512(at, low);
         _mm512_storeu_si512(at + 16, high);
@@ -186,8 +206,13 @@ inline void store_tile(const Block& block, int64_t m0, int64_t rows, int64_t n0,
     __m512 x = _mm512_loadu_ps(sums), y = _mm512_loadu_ps(sums + 16);
     if (block.out == MJK_BF16) {
       uint16_t* c = static_cast<uint16_t*>(block.c) + at;
+#ifdef __AVX512BF16__
+      // It flushes subnormals, which the sums of VDPBF16PS and TDPBF16PS cannot be.
+      _mm512_mask_storeu_epi16(c, first_halves(columns), (__m512i)_mm512_cvtne2ps_pbh(y, x));
+#else
       _mm256_mask_storeu_epi16(c, low, narrow16(x));
       if (high) _mm256_mask_storeu_epi16(c + 16, high, narrow16(y));
+#endif
     } else {
       float* c = static_cast<float*>(block.c) + at;
       if (block.accumulate) {
@@ -204,10 +229,12 @@ inline void store_tile(const Block& block, int64_t m0, int64_t rows, int64_t n0,
 template <class S, class Step, int64_t kTileRows>
 struct VectorTile {
   using Packed = typename S::Packed;
-  static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord;
+  static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
+                           kRowPadding = 0;
 
-  static void pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
+  static const Packed* pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
+    return out;
   }
   static void pack_b(Packed* out, int64_t stride, const Block& block, int64_t k0, int64_t depth) {
     pack_columns(S(), out, stride, block, k0, depth, depth);
@@ -236,7 +263,8 @@ struct VectorTile {
       for (int j = 0; j < 2; ++j) _mm512_storeu_ps(sums + i * 32 + j * 16, c[i][j]);
   }
 
-  static void multiply(int64_t rows, int64_t depth, const Packed* a, const Packed* b, float* sums, bool first) {
+  static void multiply(int64_t rows, int64_t depth, const Packed* a, const Packed* b, float* sums, bool first, int64_t,
+                       int64_t) {
     const int64_t words = (depth + S::kPerWord - 1) / S::kPerWord;
     const auto *aw = reinterpret_cast<const int32_t*>(a), *bw = reinterpret_cast<const int32_t*>(b);
     // The rest of the rows in two sizes, so that few rows cost little.

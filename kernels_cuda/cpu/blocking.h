@@ -18,35 +18,35 @@ struct Layout {
   int64_t row_panels, column_panels, depth, b_stride, tiles;
   size_t a, b, c, end;
 
-  Layout(int64_t m, int64_t n, int64_t k) {
+  Layout(int64_t m, int64_t n, int64_t k, int64_t most) {
     row_panels = round_up(m, Tile::kRows) / Tile::kRows;
     column_panels = round_up(n, Tile::kColumns) / Tile::kColumns;
     // Parts of equal depth, so that none is a short rest.
-    int64_t parts = k > Tile::kDepth ? (k + Tile::kDepth - 1) / Tile::kDepth : 1;
+    const int64_t parts = k > most ? (k + most - 1) / most : 1;
     depth = round_up((k + parts - 1) / parts, Tile::kDepthUnit);
     // An odd number of cache lines between panels spreads them over the cache's sets.
     b_stride = depth * Tile::kColumns + kCacheLine / (int64_t)sizeof(typename Tile::Packed);
     // The sums of one tile stay in L1 where one pass over k finishes it; else all are kept between passes.
     tiles = parts == 1 ? 1 : row_panels * column_panels;
     a = 0;
-    b = a + size_t(round_up(depth * Tile::kRows * sizeof(typename Tile::Packed), kCacheLine));
+    b = a + size_t(round_up((depth + Tile::kRowPadding) * Tile::kRows * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
     c = b + size_t(column_panels * b_stride) * sizeof(typename Tile::Packed);
     end = c + size_t(tiles * Tile::kRows * Tile::kColumns) * sizeof(float);
   }
 };
 
 template <class Tile>
-size_t scratch_bytes(int64_t m, int64_t n, int64_t k) {
-  return Layout<Tile>(m, n, k).end;
+size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
+  return Layout<Tile>(m, n, k, depth).end;
 }
 
-// Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth; pack_a(out, block, m0, rows, k0, depth): one panel of rows;
-// pack_b(out, stride, block, k0, depth): all panels of columns; multiply(rows, depth, a, b, sums, first);
-// store(block, m0, rows, n0, columns, sums).
+// Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth, kRowPadding; pack_a(scratch, block, m0, rows, k0, depth): a
+// panel of rows, in the scratch or where it lies; pack_b(out, stride, block, k0, depth): all panels of columns;
+// multiply(rows, depth, a, b, sums, first, j, panels of columns); store(block, m0, rows, n0, columns, sums).
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
   using Packed = typename Tile::Packed;
-  const Layout<Tile> layout(block.m, block.n, block.k);
+  const Layout<Tile> layout(block.m, block.n, block.k, block.depth);
   Packed* a = reinterpret_cast<Packed*>(scratch + layout.a);
   Packed* b = reinterpret_cast<Packed*>(scratch + layout.b);
   float* c = reinterpret_cast<float*>(scratch + layout.c);
@@ -65,10 +65,10 @@ void multiply_block(const Block& block, char* scratch) {
     Tile::pack_b(b, layout.b_stride, block, k0, depth);
     for (int64_t i = 0; i < layout.row_panels; ++i) {
       const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
-      Tile::pack_a(a, block, m0, rows, k0, depth);
+      const auto panel = Tile::pack_a(a, block, m0, rows, k0, depth);
       for (int64_t j = 0; j < layout.column_panels; ++j) {
         float* sums = layout.tiles == 1 ? c : c + (i * layout.column_panels + j) * kTile;
-        Tile::multiply(rows, depth, a, b + j * layout.b_stride, sums, first);
+        Tile::multiply(rows, depth, panel, b + j * layout.b_stride, sums, first, j, layout.column_panels);
         if (last) {
           const int64_t n0 = j * Tile::kColumns;
           Tile::store(block, m0, rows, n0, smaller(Tile::kColumns, block.n - n0), sums);

@@ -1,7 +1,6 @@
-// XLA's handlers of the fused operations; their names stand in mindjax/ops.
+// The handlers of launch_cpu.h over XLA's thread pool; jax_fused.py registers them.
 #include "launch_cpu.h"
-#include "xla_pool.h"
-#include "xla/ffi/api/ffi.h"
+#include "xla_stream.h"
 
 namespace {
 
@@ -33,9 +32,9 @@ mjk_attention_shape attention_shape(const AnyBuffer& q, const AnyBuffer& k) {
 
 ffi::Error attention(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ints q_segments, Ints kv_segments,
                      Ints q_index, Result<AnyBuffer> out, Result<Floats> normaliser) {
-  const mindjax::XlaPool pool(threads);
+  mindjax::Stream stream(threads);
   const mjk_attention_shape shape = attention_shape(q, k);
-  return answer(mjk_attention(pool.stream(), dtype_of(q), &shape, q.untyped_data(), k.untyped_data(), v.untyped_data(),
+  return answer(mjk_attention(stream.get(), dtype_of(q), &shape, q.untyped_data(), k.untyped_data(), v.untyped_data(),
                               q_segments.typed_data(), kv_segments.typed_data(), q_index.typed_data(),
                               out->untyped_data(), normaliser->typed_data()));
 }
@@ -43,75 +42,75 @@ ffi::Error attention(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, AnyBuffe
 ffi::Error attention_grad(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ints q_segments,
                           Ints kv_segments, Ints q_index, AnyBuffer out, Floats normaliser, AnyBuffer g,
                           Result<AnyBuffer> dq, Result<AnyBuffer> dk, Result<AnyBuffer> dv) {
-  const mindjax::XlaPool pool(threads);
+  mindjax::Stream stream(threads);
   const mjk_attention_shape shape = attention_shape(q, k);
-  return answer(mjk_attention_grad(pool.stream(), dtype_of(q), &shape, q.untyped_data(), k.untyped_data(),
+  return answer(mjk_attention_grad(stream.get(), dtype_of(q), &shape, q.untyped_data(), k.untyped_data(),
                                    v.untyped_data(), q_segments.typed_data(), kv_segments.typed_data(),
                                    q_index.typed_data(), out.untyped_data(), normaliser.typed_data(), g.untyped_data(),
                                    dq->untyped_data(), dk->untyped_data(), dv->untyped_data()));
 }
 
 ffi::Error rms_norm(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, Result<AnyBuffer> y) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_norm(pool.stream(), dtype_of(x), 0, rows_of(x), last_of(x), eps, x.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_norm(stream.get(), dtype_of(x), 0, rows_of(x), last_of(x), eps, x.untyped_data(),
                          scale.untyped_data(), nullptr, y->untyped_data()));
 }
 
 ffi::Error rms_norm_grad(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, AnyBuffer g,
                          Result<AnyBuffer> dx, Result<Floats> d_scale) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_norm_grad(pool.stream(), dtype_of(x), 0, rows_of(x), last_of(x), eps, x.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_norm_grad(stream.get(), dtype_of(x), 0, rows_of(x), last_of(x), eps, x.untyped_data(),
                               scale.untyped_data(), g.untyped_data(), dx->untyped_data(), d_scale->typed_data(),
                               nullptr));
 }
 
 ffi::Error layer_norm(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, AnyBuffer bias,
                       Result<AnyBuffer> y) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_norm(pool.stream(), dtype_of(x), 1, rows_of(x), last_of(x), eps, x.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_norm(stream.get(), dtype_of(x), 1, rows_of(x), last_of(x), eps, x.untyped_data(),
                          scale.untyped_data(), bias.untyped_data(), y->untyped_data()));
 }
 
 ffi::Error layer_norm_grad(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, AnyBuffer g,
                            Result<AnyBuffer> dx, Result<Floats> d_scale, Result<Floats> d_bias) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_norm_grad(pool.stream(), dtype_of(x), 1, rows_of(x), last_of(x), eps, x.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_norm_grad(stream.get(), dtype_of(x), 1, rows_of(x), last_of(x), eps, x.untyped_data(),
                               scale.untyped_data(), g.untyped_data(), dx->untyped_data(), d_scale->typed_data(),
                               d_bias->typed_data()));
 }
 
 ffi::Error silu_product(ffi::ThreadPool threads, AnyBuffer gate, AnyBuffer up, Result<AnyBuffer> out) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_silu_product(pool.stream(), dtype_of(gate), int64_t(gate.element_count()), gate.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_silu_product(stream.get(), dtype_of(gate), int64_t(gate.element_count()), gate.untyped_data(),
                                  up.untyped_data(), out->untyped_data()));
 }
 
 ffi::Error silu_product_grad(ffi::ThreadPool threads, AnyBuffer gate, AnyBuffer up, AnyBuffer g,
                              Result<AnyBuffer> d_gate, Result<AnyBuffer> d_up) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_silu_product_grad(pool.stream(), dtype_of(gate), int64_t(gate.element_count()), gate.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_silu_product_grad(stream.get(), dtype_of(gate), int64_t(gate.element_count()), gate.untyped_data(),
                                       up.untyped_data(), g.untyped_data(), d_gate->untyped_data(),
                                       d_up->untyped_data()));
 }
 
 ffi::Error bias_gelu(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer bias, Result<AnyBuffer> y) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_bias_gelu(pool.stream(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(), bias.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_bias_gelu(stream.get(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(), bias.untyped_data(),
                               y->untyped_data()));
 }
 
 ffi::Error bias_gelu_grad(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer bias, AnyBuffer g, Result<AnyBuffer> dx,
                           Result<Floats> d_bias) {
-  const mindjax::XlaPool pool(threads);
-  return answer(mjk_bias_gelu_grad(pool.stream(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(),
+  mindjax::Stream stream(threads);
+  return answer(mjk_bias_gelu_grad(stream.get(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(),
                                    bias.untyped_data(), g.untyped_data(), dx->untyped_data(), d_bias->typed_data()));
 }
 
 ffi::Error rope(ffi::ThreadPool threads, float sign, AnyBuffer x, Floats cosine, Floats sine, Result<AnyBuffer> y) {
-  const mindjax::XlaPool pool(threads);
+  mindjax::Stream stream(threads);
   const auto dims = x.dimensions();
   const int64_t dim = dims.back(), heads = dims[dims.size() - 2];
-  return answer(mjk_rope(pool.stream(), dtype_of(x), int64_t(x.element_count()) / (heads * dim), heads, dim, sign,
+  return answer(mjk_rope(stream.get(), dtype_of(x), int64_t(x.element_count()) / (heads * dim), heads, dim, sign,
                          x.untyped_data(), cosine.typed_data(), sine.typed_data(), y->untyped_data()));
 }
 

@@ -36,11 +36,14 @@ class Plan {
       : call_(call), kernels_(kernels), starts_(std::move(starts)) {
     const bool tgmm = call.product == Product::kTgmm;
     width_ = call.product == Product::kGmmT ? call.k : call.n;
-    block_m_ = 256;
-    block_n_ = 768;
-    const int64_t tallest = tgmm ? call.k : tallest_group();
-    block_m_ = even_blocks(tallest, block_m_, kernels.rows);
-    block_n_ = even_blocks(width_, block_n_, kernels.columns);
+    const int64_t tallest = tallest_group(), height = tgmm ? call.k : tallest;
+    const int64_t contracted = tgmm ? tallest : call.product == Product::kGmmT ? call.n : call.k;
+    const bool few_rows = !tgmm && tallest <= kFewRows && call.product == Product::kGmm;
+    // Few rows: the time is that of reading w, which is fastest in order, whole rows of it.
+    depth_ = few_rows ? 128 : kernels.depth;
+    block_n_ = even_blocks(width_, few_rows ? 2048 : kPackedBytes / (std::min(contracted, depth_) * kernels.packed + 1),
+                           kernels.columns);
+    block_m_ = even_blocks(height, contracted > depth_ ? 512 : 2048, kernels.rows);
     // Enough items that threads end together, unless they would get tiny.
     const int64_t wanted = threads > 1 ? 3 * threads : 1;
     while (count() < wanted) {
@@ -52,8 +55,7 @@ class Plan {
         break;
     }
     count();
-    const int64_t depth = tgmm ? tallest_group() : call.product == Product::kGmmT ? call.n : call.k;
-    scratch_ = kernels.scratch(block_m_, block_n_, depth);
+    scratch_ = kernels.scratch(block_m_, block_n_, contracted, depth_);
     if (!tgmm) {  // rows of no group
       zero_items_ = blocks(starts_[0], kZeroRows) + blocks(call.rows - starts_[call.groups], kZeroRows);
     }
@@ -74,6 +76,7 @@ class Plan {
     b.in = call_.in;
     b.out = call_.out;
     b.accumulate = call_.accumulate;
+    b.depth = depth_;
     const int64_t height = call_.product == Product::kTgmm ? k : size, tall = blocks(height, block_m_);
     const int64_t inside = item - first_item_[group];
     const int64_t m0 = inside % tall * block_m_, n0 = inside / tall * block_n_;
@@ -106,10 +109,10 @@ class Plan {
   }
 
  private:
-  static constexpr int64_t kZeroRows = 256;
+  static constexpr int64_t kZeroRows = 256, kFewRows = 64, kPackedBytes = 1 << 20;
 
   static int64_t even_blocks(int64_t size, int64_t most, int64_t unit) {
-    const int64_t parts = std::max<int64_t>(1, blocks(size, most));
+    const int64_t parts = std::max<int64_t>(1, blocks(size, std::max(unit, most)));
     return std::max(unit, blocks(blocks(size, parts), unit) * unit);
   }
 
@@ -144,7 +147,7 @@ class Plan {
   const Kernels& kernels_;
   const std::vector<int64_t> starts_;  // [groups + 1], of this call's groups
   std::vector<int64_t> first_item_;    // [groups + 1]
-  int64_t width_, block_m_, block_n_, zero_items_ = 0;
+  int64_t width_, block_m_, block_n_, depth_, zero_items_ = 0;
   size_t scratch_;
 };
 

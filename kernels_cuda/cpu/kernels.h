@@ -20,15 +20,16 @@ struct Block {
   // per column of B.
   const float *a_scale, *b_scale;
   int64_t lda_scale, ldb_scale;
-  int64_t column;  // of C's first column, in the whole matrix: finds the block scale
+  int64_t depth;  // of k that is packed at a time; sums are kept in float32 between passes, so it changes no bit
 };
 
 struct Kernels {
   const char* name;
-  int rows, columns;  // C is computed in tiles of this many rows and columns
-  int64_t depth;      // of k that is packed at a time
+  int64_t rows, columns;  // C is computed in tiles of this many rows and columns
+  int64_t depth;          // the most of k that is worth packing at a time
+  int64_t packed;         // bytes of a packed element
   // Bytes of scratch for a block of that size.
-  size_t (*scratch)(int64_t m, int64_t n, int64_t k);
+  size_t (*scratch)(int64_t m, int64_t n, int64_t k, int64_t depth);
   // `scratch` is aligned to 64 bytes.
   void (*multiply)(const Block& block, char* scratch);
   // Around a thread's run of blocks (tile registers are configured and released).

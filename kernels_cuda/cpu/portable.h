@@ -82,15 +82,18 @@ void store_tile(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_
 template <class Source, class Kernel>
 struct PortableTile {
   using Packed = float;
-  static constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepthUnit = 1, kDepth = 384;
+  static constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepthUnit = 1, kDepth = 384,
+                           kRowPadding = 0;
 
-  static void pack_a(float* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
+  static const float* pack_a(float* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<Source, kRows>(out, block, m0, rows, k0, depth);
+    return out;
   }
   static void pack_b(float* out, int64_t stride, const Block& block, int64_t k0, int64_t depth) {
     pack_columns<Source, kColumns>(out, stride, block, k0, depth);
   }
-  static void multiply(int64_t, int64_t depth, const float* a, const float* b, float* sums, bool first) {
+  static void multiply(int64_t, int64_t depth, const float* a, const float* b, float* sums, bool first, int64_t,
+                       int64_t) {
     Kernel::run(depth, a, b, sums, first);
   }
   static void store(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
