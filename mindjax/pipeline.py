@@ -27,7 +27,7 @@ from mindjax.data.loader import RenderedSamples
 from mindjax.data.packing import BatchShape, size_of
 from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered
-from mindjax.data.samples import new_processor
+from mindjax.data.samples import difficulty_levels, new_processor
 from mindjax.dpo import train as dpo
 from mindjax.evaluation import report
 from mindjax.evaluation.compute import Compute
@@ -39,6 +39,7 @@ from mindjax.models import hf_weights, qwen3_vl
 from mindjax.rl import train as rl
 from mindjax.rl.rollout import policy_shape
 from mindjax.sft import train as sft
+from mindjax.train.folder import export
 from mindjax.train.loop import TrainResult
 from mindjax.types import Sample
 
@@ -99,6 +100,7 @@ class PipelineConfig:
       sft_knowledge, sft_ability, sft_preference, sft_continued: see `SFTConfig`; equal shapes share a compiled step.
       gspo: see `RLConfig`.
       dpo: see `DPOConfig`.
+      levels: of difficulty, from easy to hard in the first epoch of an SFT stage; 1 mixes all.
       max_new_tokens: of an evaluated reply.
       eval_rows: replies that are generated side by side.
     """
@@ -116,6 +118,7 @@ class PipelineConfig:
     sft_continued: sft.SFTConfig
     gspo: rl.RLConfig
     dpo: dpo.DPOConfig
+    levels: int
     max_new_tokens: int
     eval_rows: int
 
@@ -296,7 +299,8 @@ class Pipeline:
         return result, {"prompts": len(self._explored), "flops": result.steps * step}
 
     def _continued(self, params: Params, folder: Path) -> tuple[TrainResult, dict[str, Any]]:
-        return self._sft("continued", self.config.sft_continued, params, self._explored, folder)
+        # In no order of difficulty, as GSPO's prompts: the arms differ in how they learn alone.
+        return self._sft("continued", self.config.sft_continued, params, self._explored, folder, difficulty=None)
 
     def _dpo(self, params: Params, folder: Path) -> tuple[TrainResult, dict[str, Any]]:
         """Pairs from the model's own replies: a right one, or the reference, against a wrong one."""
@@ -322,6 +326,7 @@ class Pipeline:
         # All of a stage's samples stay rendered: drawing one again takes as long as training on it.
         rendered = RenderedSamples(samples, self.processor, cache_bytes=2 << 30)
         shape = sft.choose_shape(config, self.model, rendered)
+        options = {"difficulty": difficulty_levels(samples, self.config.levels), **options}
         result = sft.train(config, self.model, params, rendered, folder, name=name, shape=shape, **options)
         step = Compute(self.model).sft_step(shape, micro_batches=config.micro_batches)
         return result, {"samples": len(samples), "flops": result.steps * step}
@@ -342,8 +347,7 @@ class Pipeline:
         result, notes = work(params, folder)
         trained = time.monotonic()
         evaluation = self._evaluate(result.params, name)
-        hf_weights.save(folder / "model", self.model, result.params, generation=self._generation)
-        self.processor.save_pretrained(folder / "model")
+        export(folder / "model", self.model, result.params, self.processor)
         ended = time.monotonic()
         record = {
             "steps": result.steps,
@@ -364,10 +368,6 @@ class Pipeline:
 
     def _load(self, stage: str) -> Params:
         return hf_weights.load(self.workdir / "stages" / stage / "model", self.model, dtype="float32")
-
-    @property
-    def _generation(self) -> dict[str, Any]:
-        return {"eos_token_id": self.processor.im_end_token_id, "pad_token_id": self.processor.endoftext_token_id}
 
     def _ask(self, params: Params, samples: Sequence[Sample], **options: Any) -> list[Reply]:
         return ask(
@@ -425,8 +425,7 @@ class Pipeline:
         print(report.text_table(self.workdir), file=sys.stderr, flush=True)
 
     def _export(self) -> None:
-        hf_weights.save(self.workdir / "model", self.model, self._load("dpo"), generation=self._generation)
-        self.processor.save_pretrained(self.workdir / "model")
+        export(self.workdir / "model", self.model, self._load("dpo"), self.processor)
 
     def _say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:6.0f} s  {text}", file=sys.stderr, flush=True)

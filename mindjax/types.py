@@ -101,6 +101,7 @@ class Sample:
       task: the family it belongs to; rewards are routed and accuracies reported by it.
       answer: what a verifier needs to judge a reply, {"kind": ..., ...}; None where nothing is verifiable.
       rejected: for preference data, the reply that loses to the last assistant message.
+      difficulty: higher is harder; compared among samples of one task alone.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -108,3 +109,4 @@ class Sample:
     task: str = ""
     answer: dict[str, Any] | None = None
     rejected: str | None = None
+    difficulty: float = 0.0

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ from mindjax import pipeline
 from mindjax.data.processor import Processor
 from mindjax.evaluation import report
 from mindjax.evaluation.run import read_replies
-from mindjax.experiment import load_experiment
+from mindjax.experiment import load_experiment, to_dataclass
 from mindjax.models import catalog
+from mindjax.train.loop import TrainResult
 from mindjax.train.metrics import read_metrics
 
 
@@ -108,6 +110,37 @@ def test_the_report_is_one_offline_file_with_every_part(finished):
     assert "http://" not in page and "https://" not in page and "<script" not in page
     assert page.count("data:image/png;base64,") == report.EXAMPLES_PER_FAMILY * (len(report.DESCRIPTIONS) - 1)
     assert "nan" not in page
+
+
+def test_an_sft_stage_begins_easy_and_goes_on_mixed(tmp_path, monkeypatch):
+    """The first epoch rises in difficulty with every family in each part of it; the control arm has no such order."""
+    sizes = {"data.knowledge": 60, "sft_knowledge.steps": 24, "sft_continued.steps": 24, "levels": 3}
+    config = load_experiment("experiments/quickstart.py:debug", [f"{key}={value}" for key, value in sizes.items()])
+    job = pipeline.Pipeline(
+        to_dataclass(pipeline.PipelineConfig, {k: v for k, v in config.items() if k != "kind"}), tmp_path
+    )
+    seen = {}
+
+    def capture(step, state, loader, *, name, identity, **options):
+        seen[name] = [loader.indices(i) for i in range(len(loader))], identity["data"]["difficulty"]
+        return TrainResult({}, 1, 0.0, 0, {})
+
+    monkeypatch.setattr("mindjax.sft.train.fit", capture)
+    job._knowledge(job._initial(), tmp_path)
+    job._continued(job._initial(), tmp_path)
+    assert seen["continued"][1] is None
+    steps = seen["knowledge"][0]
+    samples = [sample for family in job.config.knowledge for sample in job._draw(family, 1, 60)]
+    # The place of a sample among those of its family, from 0, the easiest, to 1.
+    place = np.array([np.mean([o.difficulty < s.difficulty for o in samples if o.task == s.task]) for s in samples])
+    epoch = next(i for i in range(len(steps)) if len({j for step in steps[: i + 1] for j in step}) == len(samples))
+    thirds = np.array_split(np.concatenate(steps[: epoch + 1]), 3)
+    assert np.mean(place[thirds[0]]) < 0.3 < np.mean(place[thirds[1]]) < 0.7 < np.mean(place[thirds[2]])
+    for part in thirds:
+        counts = Counter(samples[i].task for i in part)
+        assert len(counts) == 4 and max(counts.values()) < 1.5 * min(counts.values())
+    later = [np.mean(place[step]) for step in steps[epoch + 1 :]]
+    assert len(later) > 5 and np.ptp(later) < 0.5
 
 
 def test_every_family_is_described():

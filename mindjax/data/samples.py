@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mindjax.config import ModelConfig
 from mindjax.data import tasks
 from mindjax.data.images import ImageProcessor
@@ -73,6 +75,23 @@ def read_samples(path: str | Path) -> list[Sample]:
     if not samples:
         raise ValueError(f"{path} holds no conversation")
     return samples
+
+
+def difficulty_levels(samples: Sequence[Sample], count: int) -> list[int]:
+    """The level of each sample, 0 to count - 1: each task's samples, by difficulty, in `count` equal parts.
+
+    Sorted by level, every task keeps its share all the way: one sorted by difficulty alone would begin with the tasks
+    whose unit is smallest, and forget them.
+    """
+    by_task: dict[str, list[int]] = {}
+    # Equal ones are spread by chance: they often stand one kind of sample after the other.
+    for i in np.random.default_rng(0).permutation(len(samples)).tolist():
+        by_task.setdefault(samples[i].task, []).append(i)
+    levels = [0] * len(samples)
+    for members in by_task.values():
+        for rank, i in enumerate(sorted(members, key=lambda i: samples[i].difficulty)):
+            levels[i] = rank * count // len(members)
+    return levels
 
 
 def new_processor(model: ModelConfig, samples: Sequence[Sample], max_pixels: int) -> tuple[ModelConfig, Processor]:

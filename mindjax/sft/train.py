@@ -128,7 +128,8 @@ def train(
       workdir: for metrics, checkpoints and TensorBoard.
       name: first in the progress line.
       shape: of a micro-batch; None chooses it from the configuration and the samples.
-      difficulty: per sample; inside an epoch they come in rising order.
+      difficulty: per sample; the first epoch brings them in rising order, later ones mix them again, for a stage
+        that ends with some of the samples alone loses some of the others.
       repeats: mean occurrences of each sample per epoch, see `epoch_order`.
       held_out: conversations whose loss is measured, `held_out_nll`.
 
@@ -180,7 +181,7 @@ def _loader(
             shape,
             seed=config.seed,
             epoch=epoch,
-            difficulty=difficulty,
+            difficulty=difficulty if epoch == 0 else None,
             repeats=repeats,
             drop_too_long=config.drop_too_long,
         )

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from mindjax.data import tasks
+from mindjax.data.samples import difficulty_levels
 from mindjax.data.tasks import sources, verify
 from mindjax.data.tasks.verify import extract, is_right
+from mindjax.types import Sample
 
 PICTURED = [family for family in tasks.FAMILIES if family != "text_only"]
 
@@ -149,6 +151,39 @@ def test_answers_are_drawn_evenly():
         )[1]
         assert len(counts) == replies
         assert counts.min() > 0.7 * counts.mean()
+
+
+@pytest.mark.parametrize("family", PICTURED)
+def test_difficulty_varies_but_says_nothing_about_the_reply(family):
+    samples = tasks.build(family, "train", 600, 0)
+    difficulty = np.array([s.difficulty for s in samples])
+    assert (difficulty > 0).all() and len(set(difficulty.tolist())) > 500
+    rank = difficulty.argsort().argsort() / 600
+    first = np.array([s.messages[-1]["content"].split()[0][0] for s in samples])
+    for reply in set(first):
+        some = rank[first == reply]
+        assert abs(some.mean() - 0.5) < 5 * np.sqrt(1 / 12 / len(some)), reply
+
+
+def test_clutter_is_the_background_over_the_contrast():
+    canvas = np.full((4, 4, 3), 100.0)
+    ink = np.array([40.0, 50.0, 60.0])
+    assert sources.clutter(canvas, ink) == 0
+    canvas[::2] += 10
+    canvas[1::2] -= 10
+    assert sources.clutter(canvas, ink) == pytest.approx(10 / 50)
+
+
+def test_levels_part_each_task_evenly_by_difficulty():
+    easy, hard = (
+        [Sample((), f"{t}{i}", t, difficulty=s * i) for i in range(12)] for t, s in (("a", 1e-3), ("b", -7.0))
+    )
+    same = [Sample((), f"c{i}", "c") for i in range(300)]
+    levels = difficulty_levels([*easy, *hard, *same], 3)
+    assert levels[:12] == [0] * 4 + [1] * 4 + [2] * 4 and levels[12:24] == levels[11::-1]
+    # Equally hard ones are spread, whatever the order that they come in.
+    assert np.bincount(levels[24:]).tolist() == [100, 100, 100]
+    assert np.bincount(levels[24:124], minlength=3).min() > 15
 
 
 @pytest.mark.parametrize(

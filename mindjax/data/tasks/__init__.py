@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -59,7 +60,8 @@ def build(family: str, split: Split, count: int, seed: int, variant: Variant = "
             continue
         seen.add(key)
         tries = 0
-        samples.append(_VARIANTS[variant](item, f"{name}/{len(samples)}", family, rng))
+        sample = _VARIANTS[variant](item, f"{name}/{len(samples)}", family, rng)
+        samples.append(replace(sample, difficulty=item.difficulty))
     return samples
 
 

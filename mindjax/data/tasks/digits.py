@@ -5,15 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from mindjax.data.tasks.item import Item
-from mindjax.data.tasks.sources import CELL, GLYPH_SIZE, Split, background, glyphs, paint
+from mindjax.data.tasks.sources import CELL, GLYPH_SIZE, Split, background, clutter, glyphs, paint
 
 PLACES = ("left", "middle", "right")
 
 
 def _sheet(
     split: Split, rng: np.random.Generator, digits: list[int], columns: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Writes the digits row by row, `columns` in each, with ink well set off from a faded photograph."""
+) -> tuple[np.ndarray, tuple[str, ...], float]:
+    """Writes the digits row by row, `columns` in each, with ink well set off from a faded photograph.
+
+    Returns:
+      the picture, its sources, and how hard it is to read: `clutter`.
+    """
     height, width = CELL * (len(digits) // columns), CELL * columns
     photograph, photograph_name = background(split, height, width, rng)
     dark_ink = rng.random() < 0.7
@@ -22,7 +26,7 @@ def _sheet(
     canvas = paper + fade * (photograph - paper)
     # The ink keeps its distance from the paper: a glyph nobody could read would only be noise.
     ink = rng.uniform(0, 70, 3) if dark_ink else rng.uniform(200, 255, 3)
-    names = [photograph_name]
+    names, difficulty = [photograph_name], clutter(canvas, ink)
     room = CELL - GLYPH_SIZE
     for place, digit in enumerate(digits):
         mask, name = glyphs(split).draw(digit, rng)
@@ -30,7 +34,7 @@ def _sheet(
         top, left = CELL * row + int(rng.integers(room + 1)), CELL * column + int(rng.integers(room + 1))
         paint(canvas, mask, top, left, ink)
         names.append(name)
-    return canvas.astype(np.uint8), tuple(names)
+    return canvas.astype(np.uint8), tuple(names), difficulty
 
 
 def _misread(text: str, rng: np.random.Generator, right: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,10 +51,10 @@ def _misread(text: str, rng: np.random.Generator, right: tuple[str, ...]) -> tup
 def digit_read(split: Split, rng: np.random.Generator) -> Item:
     """Three digits in a row, read from left to right."""
     digits = [int(d) for d in rng.integers(0, 10, 3)]
-    image, names = _sheet(split, rng, digits, 3)
+    image, names, difficulty = _sheet(split, rng, digits, 3)
     reply = "".join(map(str, digits))
     answer = {"kind": "exact", "value": reply}
-    return Item(image, "Read the digits.", reply, answer, _misread(reply, rng, (reply,)), names)
+    return Item(image, "Read the digits.", reply, answer, _misread(reply, rng, (reply,)), names, difficulty)
 
 
 def digit_largest(split: Split, rng: np.random.Generator) -> Item:
@@ -59,10 +63,12 @@ def digit_largest(split: Split, rng: np.random.Generator) -> Item:
     top = int(rng.integers(1, 10))
     digits = [int(d) for d in rng.integers(0, top, 3)]
     digits[place] = top
-    image, names = _sheet(split, rng, digits, 3)
+    image, names, difficulty = _sheet(split, rng, digits, 3)
     reply = PLACES[place]
     wrong = tuple(p for p in PLACES if p != reply)
-    return Item(image, "Which digit is the largest?", reply, {"kind": "exact", "value": reply}, wrong, names)
+    return Item(
+        image, "Which digit is the largest?", reply, {"kind": "exact", "value": reply}, wrong, names, difficulty
+    )
 
 
 def digit_count(split: Split, rng: np.random.Generator) -> Item:
@@ -71,9 +77,11 @@ def digit_count(split: Split, rng: np.random.Generator) -> Item:
     others = [d for d in range(10) if d != wanted]
     digits = [wanted] * count + [int(d) for d in rng.choice(others, 4 - count)]
     rng.shuffle(digits)
-    image, names = _sheet(split, rng, digits, 2)
+    image, names, difficulty = _sheet(split, rng, digits, 2)
     wrong = tuple(str(c) for c in range(4) if c != count)
-    return Item(image, f"How many {wanted}s?", str(count), {"kind": "exact", "value": str(count)}, wrong, names)
+    return Item(
+        image, f"How many {wanted}s?", str(count), {"kind": "exact", "value": str(count)}, wrong, names, difficulty
+    )
 
 
 def digit_any(split: Split, rng: np.random.Generator) -> Item:
@@ -84,7 +92,7 @@ def digit_any(split: Split, rng: np.random.Generator) -> Item:
     """
     numbers = [f"{n:02d}" for n in rng.choice(100, 3, replace=False)]
     digits = [int(d) for number in numbers for d in number]
-    image, names = _sheet(split, rng, digits, 2)
+    image, names, difficulty = _sheet(split, rng, digits, 2)
     reply = str(rng.choice(numbers))
     answer = {"kind": "one_of", "value": numbers}
-    return Item(image, "Name any one number.", reply, answer, _misread(reply, rng, tuple(numbers)), names)
+    return Item(image, "Name any one number.", reply, answer, _misread(reply, rng, tuple(numbers)), names, difficulty)

@@ -19,6 +19,8 @@ class Item:
       answer: what `verify.is_right` needs.
       wrong: different plausible wrong replies, at least two, for multiple choice and preference pairs.
       sources: names of the glyphs, photographs and fonts in the picture.
+      difficulty: rises with how hard the picture is to read, in a unit of the family's own; it says nothing about
+        the reply, so that a curriculum that begins with the easy items does not begin with some of the replies.
     """
 
     image: np.ndarray | None
@@ -27,3 +29,4 @@ class Item:
     answer: dict[str, Any]
     wrong: tuple[str, ...]
     sources: tuple[str, ...] = ()
+    difficulty: float = 0.0

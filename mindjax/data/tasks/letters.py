@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mindjax.data.tasks.item import Item
-from mindjax.data.tasks.sources import CELL, FONTS, Split, background, paint, text_mask
+from mindjax.data.tasks.sources import CELL, FONTS, Split, background, clutter, paint, text_mask
 
 LETTERS = "ABCDEFGHJKLMNPRSTUXYZ"
 
@@ -18,7 +18,7 @@ def letters_read(split: Split, rng: np.random.Generator) -> Item:
     dark = rng.random() < 0.5
     canvas = np.clip(128 + rng.uniform(0.2, 0.5) * (photograph - 128) + (70 if dark else -70), 0, 255)
     ink = rng.uniform(0, 60, 3) if dark else rng.uniform(195, 255, 3)
-    size = int(rng.integers(24, 30))
+    size, difficulty = int(rng.integers(24, 30)), clutter(canvas, ink)
     for column, letter in enumerate(letters):
         mask = text_mask(letter, font, size)[:CELL, :CELL]
         spare_y, spare_x = CELL - mask.shape[0], CELL - mask.shape[1]
@@ -35,4 +35,5 @@ def letters_read(split: Split, rng: np.random.Generator) -> Item:
         if text not in wrong:
             wrong.append(text)
     answer = {"kind": "exact", "value": reply}
-    return Item(canvas.astype(np.uint8), "Read the letters.", reply, answer, tuple(wrong), (name, f"font/{font}"))
+    names = (name, f"font/{font}")
+    return Item(canvas.astype(np.uint8), "Read the letters.", reply, answer, tuple(wrong), names, difficulty)

@@ -54,6 +54,11 @@ def _canvas(split: Split, rng: np.random.Generator, height: int, width: int) -> 
     return 128 + rng.uniform(0.5, 0.9) * (photograph - 128), name
 
 
+def _difficulty(canvas: np.ndarray, size: int) -> float:
+    """A small shape on a lively photograph is hard to see; `canvas` is still without it."""
+    return float(canvas.std()) / size
+
+
 def _inside(quarter: int, size: int, rng: np.random.Generator) -> tuple[float, float]:
     """A centre (y, x) in a quarter of a picture of 2 x 2 cells, such that a shape of that size lies in it."""
     room = (CELL - size - 2) / 2
@@ -64,24 +69,26 @@ def quadrant(split: Split, rng: np.random.Generator) -> Item:
     """In which quarter of the photograph a cross lies."""
     quarter, size = int(rng.integers(4)), int(rng.integers(16, 25))
     canvas, name = _canvas(split, rng, 2 * CELL, 2 * CELL)
+    difficulty = _difficulty(canvas, size)
     _draw(canvas, "cross", *_inside(quarter, size, rng), size, str(rng.choice(list(COLOURS))))
     reply = QUARTERS[quarter]
     wrong = tuple(q for q in QUARTERS if q != reply)
     answer = {"kind": "exact", "value": reply}
-    return Item(canvas.astype(np.uint8), "Which quarter is the cross in?", reply, answer, wrong, (name,))
+    return Item(canvas.astype(np.uint8), "Which quarter is the cross in?", reply, answer, wrong, (name,), difficulty)
 
 
 def shape(split: Split, rng: np.random.Generator) -> Item:
     """Colour and kind of the one shape in the photograph."""
     said_colour, said_shape, size = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), int(rng.integers(20, 29))
     canvas, name = _canvas(split, rng, 2 * CELL, 2 * CELL)
+    difficulty = _difficulty(canvas, size)
     _draw(canvas, said_shape, *_inside(int(rng.integers(4)), size, rng), size, said_colour)
     reply = f"{said_colour} {said_shape}"
     other_colour = str(rng.choice([c for c in COLOURS if c != said_colour]))
     other_shape = str(rng.choice([s for s in SHAPES if s != said_shape]))
     wrong = (f"{other_colour} {said_shape}", f"{said_colour} {other_shape}", f"{other_colour} {other_shape}")
     answer = {"kind": "exact", "value": reply}
-    return Item(canvas.astype(np.uint8), "What shape is there?", reply, answer, wrong, (name,))
+    return Item(canvas.astype(np.uint8), "What shape is there?", reply, answer, wrong, (name,), difficulty)
 
 
 def colour(split: Split, rng: np.random.Generator) -> Item:
@@ -90,12 +97,14 @@ def colour(split: Split, rng: np.random.Generator) -> Item:
     asked, other = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
     canvas, name = _canvas(split, rng, 2 * CELL, 2 * CELL)
     quarters = (int(q) for q in rng.choice(4, 2, replace=False))
+    difficulties = []
     for kind, said, quarter in zip((asked, other), (first, second), quarters, strict=True):
         size = int(rng.integers(20, 29))
+        difficulties.append(_difficulty(canvas, size))
         _draw(canvas, kind, *_inside(quarter, size, rng), size, said)
     wrong = (second, *(c for c in COLOURS if c not in (first, second)))
     answer = {"kind": "exact", "value": first}
-    return Item(canvas.astype(np.uint8), f"What colour is the {asked}?", first, answer, wrong, (name,))
+    return Item(canvas.astype(np.uint8), f"What colour is the {asked}?", first, answer, wrong, (name,), difficulties[0])
 
 
 def locate(split: Split, rng: np.random.Generator) -> Item:
@@ -107,9 +116,11 @@ def locate(split: Split, rng: np.random.Generator) -> Item:
     percent = int(rng.integers(10, 91))
     canvas, name = _canvas(split, rng, CELL, 3 * CELL)
     place = rng.uniform(10, CELL - 10), percent / 100 * 3 * CELL
-    _draw(canvas, "cross", *place, int(rng.integers(14, 18)), str(rng.choice(list(COLOURS))))
+    size = int(rng.integers(14, 18))
+    difficulty = _difficulty(canvas, size)
+    _draw(canvas, "cross", *place, size, str(rng.choice(list(COLOURS))))
     reply = str(int(np.clip(percent + rng.integers(-TOLERANCE, TOLERANCE + 1), 10, 99)))
     far = [p for p in range(10, 100) if abs(p - percent) > 2 * TOLERANCE]
     wrong = tuple(str(p) for p in rng.choice(far, 3, replace=False))
     answer = {"kind": "within", "value": percent, "tolerance": TOLERANCE}
-    return Item(canvas.astype(np.uint8), "How far right is the cross?", reply, answer, wrong, (name,))
+    return Item(canvas.astype(np.uint8), "How far right is the cross?", reply, answer, wrong, (name,), difficulty)

@@ -143,6 +143,11 @@ def background(split: Split, height: int, width: int, rng: np.random.Generator) 
     return crop, f"photograph/{names[index]}"
 
 
+def clutter(canvas: np.ndarray, ink: np.ndarray) -> float:
+    """How much a background [H, W, 3] varies, as a share of how far the ink [3] stands out from its mean."""
+    return float(canvas.std() / abs(ink.mean() - canvas.mean()))
+
+
 @functools.cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
