@@ -189,7 +189,7 @@ def save(
       OSError: where the disk is full; the folder is then as it was.
     """
     folder = Path(folder)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     entries, leaves = table(config), _flatten(params)
     _check_leaves(leaves, config)
     specs: list[TensorSpec] = []
@@ -214,7 +214,7 @@ def save(
 
     with replaced_folder(folder, sum(spec.nbytes for spec in specs)) as staging:
         write(staging, specs, tensor, max_shard_bytes)
-        write_json(staging / "config.json", _with_dtype(config.to_hf(), specs[-1].dtype))
+        write_json(staging / "config.json", with_dtype(config.to_hf(), specs[-1].dtype))
         write_json(staging / "generation_config.json", dict(generation or {}))
 
 
@@ -266,7 +266,7 @@ def convert(
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
         raise ValueError(f"source and target are both {source}; give another target")
-    _refuse_foreign(target)
+    refuse_foreign(target)
     hf_config = read_json(source / "config.json")
     config = ModelConfig.from_hf(hf_config)
     reader = Reader(source)
@@ -287,14 +287,19 @@ def convert(
     specs = [spec(key) for key in entries]
     with replaced_folder(target, sum(spec.nbytes for spec in specs)) as staging:
         write(staging, specs, tensor, max_shard_bytes)
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in _COPIED and not path.name.endswith(".index.json"):
-                (staging / path.name).write_bytes(path.read_bytes())
-        write_json(staging / "config.json", _with_dtype(hf_config, specs[-1].dtype))
+        copy_companions(source, staging)
+        write_json(staging / "config.json", with_dtype(hf_config, specs[-1].dtype))
 
 
 # What belongs to a model folder beside its weights: tokenizer, processor, templates, the card.
 _COPIED = {".json", ".jinja", ".txt", ".md", ".model"}
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what belongs to a model folder beside its weights."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in _COPIED and not path.name.endswith(".index.json"):
+            (target / path.name).write_bytes(path.read_bytes())
 
 
 # ---- one tensor: ours and published ----
@@ -437,7 +442,7 @@ def _same_bits(reader: Reader, a: str, b: str) -> bool:
     return all(np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, len(left), step))
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """A folder is replaced as a whole, so it must be a model's."""
     if not folder.exists():
         return
@@ -453,7 +458,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise ValueError(f"{folder} holds things that are no model's ({', '.join(sorted(strange)[:5])}); name another")
 
 
-def _with_dtype(hf_config: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
+def with_dtype(hf_config: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """config.json with the dtype of the weights, where transformers and vLLM look for it."""
     result = {key: value for key, value in hf_config.items() if key != "torch_dtype"}
     text = {key: value for key, value in result["text_config"].items() if key != "torch_dtype"}

@@ -15,7 +15,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,9 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Only `mindjax.interop.fp8_blocks` reads these: without their scales they are not the weights.
+QUANTISED_DTYPES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+_NAMES = {dtype: name for name, dtype in (DTYPES | QUANTISED_DTYPES).items()}
 _HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation: a larger header is not a header
 _CHUNK = 16 * 2**20  # bytes copied at a time, so that a cast or a transpose never needs a second tensor
 
@@ -59,8 +61,9 @@ class Reader:
       ValueError: for a folder without weights, and for missing, truncated, damaged or contradictory files, by name.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], dtypes: Mapping[str, np.dtype] = DTYPES):
         self.folder = Path(folder)
+        self._dtypes = dtypes
         self.specs: dict[str, TensorSpec] = {}
         self._where: dict[str, tuple[Path, int]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
@@ -112,12 +115,12 @@ class Reader:
                 dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}: the header of {name} is damaged: {entry}") from error
-            if dtype not in DTYPES:
+            if dtype not in self._dtypes:
                 raise ValueError(
-                    f"{path}: {name} has dtype {dtype}; this reads {', '.join(DTYPES)}. "
-                    "Quantised checkpoints must be dequantised first."
+                    f"{path}: {name} has dtype {dtype}; this reads {', '.join(self._dtypes)}. "
+                    "Quantised checkpoints must be dequantised first, those in blocks of fp8 by `mindjax convert`."
                 )
-            spec = TensorSpec(name, DTYPES[dtype], shape)
+            spec = TensorSpec(name, self._dtypes[dtype], shape)
             if begin < 0 or end - begin != spec.nbytes:
                 raise ValueError(
                     f"{path}: {name} {dtype} {list(shape)} needs {spec.nbytes} bytes, the header gives {end - begin}"

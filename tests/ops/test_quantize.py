@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels_cuda import jax_binding
 from mindjax.ops import quantize as ops
 from mindjax.ops.quantize import FORMATS, Quantized, dequantize, quantize, quantized_matmul
 
@@ -142,6 +143,18 @@ def test_same_bits_as_torch() -> None:
     # And what torch makes of ours is what we make of it.
     back = (theirs.float().reshape(2, 128, 4, 128) * scales[:, None, :, None]).reshape(256, 512)
     np.testing.assert_array_equal(dequantize(ours), back.numpy())
+
+
+# ---- the CPU's kernels
+
+
+def test_kernel_quantises_to_the_same_bits() -> None:
+    rng = np.random.default_rng(8)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for shape in ((64, 2048), (33, 300), (1, 1)):
+            x = jnp.asarray(rng.normal(size=shape) * np.exp2(rng.integers(-40, 40, shape)), dtype).at[0].set(0)
+            values, scales = jax.jit(jax_binding.quantize_e4m3)(x)
+            assert_same_bits(run(x, "e4m3_1x128"), np.asarray(values), np.asarray(scales))
 
 
 # ---- products
