@@ -63,6 +63,8 @@ def build(backend: str, folder: Path | None = None) -> tuple[Path, str]:
         return where, log.read_text()
     configure = ["cmake", "-S", str(PACKAGE), "-B", str(folder), "-DMINDJAX_CUDA=ON"]
     configure.append(f"-DPython3_EXECUTABLE={sys.executable}")
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
     compile_all = ["cmake", "--build", str(folder), "--target", target, "--clean-first", "--parallel", _jobs()]
     output = ""
     for command in (configure, compile_all):

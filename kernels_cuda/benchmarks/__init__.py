@@ -1,0 +1,1 @@
+"""Speed of the kernels beside other implementations, in one run with the machine's own ceilings."""
