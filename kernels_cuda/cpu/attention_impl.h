@@ -174,13 +174,17 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
           sums += weight;
         }
         total[i] = any ? sum(sums) : 1.0f;
+        const float inverse = 1.0f / total[i];
+        // Rounded as weights of the dtype, which is what decoding does too: the two must agree.
+        if (sizeof(T) == 2)
+          for (int64_t s = first; s < last; s += MJK_LANES) store(line + s, rounded(load(line + s) * inverse, q));
         normaliser[(row * shape.heads + h) * shape.queries + t0 + i] =
             any ? top_score + logf(total[i]) : INFINITY;
       }
       product(count, width, last - first, &scores[first], size, 1, &values[first * width], width, result.data,
               width, false);
       T* to = out + (row * shape.queries + t0) * stride + h * dim;
-      for (int64_t i = 0; i < count; ++i) write_row(&result[i * width], dim, 1.0f / total[i], to + i * stride);
+      for (int64_t i = 0; i < count; ++i) write_row(&result[i * width], dim, sizeof(T) == 2 ? 1.0f : 1.0f / total[i], to + i * stride);
     }
   }
 }

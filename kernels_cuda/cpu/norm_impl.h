@@ -15,14 +15,6 @@ inline void widen_row(const T* from, int64_t size, float* to) {
   copy_row(from, size, 1.0f, to);
 }
 
-// As if stored in T.
-inline vf rounded(vf x, const float*) { return x; }
-inline vf rounded(vf x, const bf16*) {
-  bf16 bits[MJK_LANES];
-  store(bits, x);
-  return load(bits);
-}
-
 struct Moments {
   float mean, inverse;  // 1 / sqrt(variance + eps)
 };

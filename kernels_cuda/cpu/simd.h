@@ -66,6 +66,14 @@ static inline void assign(bf16* p, float x) {
   p->bits = (uint16_t)(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
 }
 
+// As if stored in T.
+static inline vf rounded(vf x, const float*) { return x; }
+static inline vf rounded(vf x, const bf16*) {
+  bf16 bits[MJK_LANES];
+  store(bits, x);
+  return load(bits);
+}
+
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
 

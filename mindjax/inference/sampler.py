@@ -17,9 +17,9 @@ import numpy as np
 from mindjax.config import ModelConfig
 from mindjax.data.packing import BatchShape, SampleSize, bucket, pack, size_of
 from mindjax.inference.cache import Generated, Prefix, decode_attention
-from mindjax.models.norm import rms_norm
 from mindjax.models.qwen3_vl import Params, decoder_layer, forward, logits
 from mindjax.models.rope import text_rope
+from mindjax.ops.norm import rms_norm
 from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, Completion
 
@@ -355,7 +355,7 @@ def _decode_step(
     numbers = jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32)
     layers = (params["text"]["layers"], numbers, prefix.k, prefix.v)
     (x, generated), _ = scan_layers(block, (x, generated), layers)
-    return rms_norm(params["text"]["norm"], x[:, 0], config.text.rms_norm_eps), generated
+    return rms_norm(x[:, 0], params["text"]["norm"], config.text.rms_norm_eps), generated
 
 
 def _sample(scores: Array, keys: Array, step: Array, controls: _Controls, config: ModelConfig) -> tuple[Array, Array]:

@@ -10,10 +10,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mindjax.config import TextConfig
-from mindjax.models.norm import rms_norm
 from mindjax.models.parameters import Init
-from mindjax.models.rope import apply_rope
 from mindjax.ops.matmul import matmul
+from mindjax.ops.norm import rms_norm
+from mindjax.ops.rotary import rotate
 
 # Given q [B, T, N, D] and k, v [B, T, K, D] of new tokens: what they attend to, and whatever state comes out of it.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -42,7 +42,7 @@ def text_attention(
     q = matmul(x, p["q"]).reshape(*lead, config.num_attention_heads, config.head_dim)
     k = matmul(x, p["k"]).reshape(*lead, config.num_key_value_heads, config.head_dim)
     v = matmul(x, p["v"]).reshape(*lead, config.num_key_value_heads, config.head_dim)
-    q = apply_rope(rms_norm(p["q_norm"], q, config.rms_norm_eps), rope)
-    k = apply_rope(rms_norm(p["k_norm"], k, config.rms_norm_eps), rope)
+    q = rotate(rms_norm(q, p["q_norm"], config.rms_norm_eps), *rope)
+    k = rotate(rms_norm(k, p["k_norm"], config.rms_norm_eps), *rope)
     out, state = attend(checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
     return matmul(out.reshape(*lead, -1), p["o"]), state

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mindjax.config import TextConfig
 from mindjax.models.parameters import Init
+from mindjax.ops.activation import silu_product
 from mindjax.ops.matmul import matmul
 
 
@@ -28,4 +29,4 @@ def mlp(p: dict[str, Any], x: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)) on x [B, T, H]."""
     gate = checkpoint_name(matmul(x, p["gate"]), "mlp_hidden")
     up = checkpoint_name(matmul(x, p["up"]), "mlp_hidden")
-    return matmul(jax.nn.silu(gate) * up, p["down"])
+    return matmul(silu_product(gate, up), p["down"])

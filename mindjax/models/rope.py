@@ -42,12 +42,5 @@ def vision_rope(coordinates: jax.Array, config: VisionConfig) -> tuple[jax.Array
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [B, T, N, D] by cos, sin [B, T, D / 2]; the pairs are (i, i + D / 2)."""
-    cos, sin = (part[:, :, None, :] for part in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def _inverse_frequencies(theta: float, dim: int) -> np.ndarray:
     return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)

@@ -14,9 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from mindjax.config import VisionConfig
 from mindjax.models.norm import LayerNorm, layer_norm
 from mindjax.models.parameters import Init
-from mindjax.models.rope import apply_rope, vision_rope
+from mindjax.models.rope import vision_rope
+from mindjax.ops.activation import bias_gelu
 from mindjax.ops.attention import attention
+from mindjax.ops.levels import put_level
 from mindjax.ops.matmul import add_bias, matmul
+from mindjax.ops.rotary import rotate
 from mindjax.ops.scan import scan_layers
 from mindjax.types import VisionInputs
 from sharding.remat import Remat, rematerialise
@@ -107,53 +110,72 @@ def encode(p: dict[str, Any], vision: VisionInputs, config: VisionConfig, remat:
     Returns:
       tokens [M, H] and DeepStack features [levels, M, H].
     """
-    dtype = p["patch_embed"]["kernel"].dtype
-    x = _linear(p["patch_embed"], vision.patches.astype(dtype))
-    x = x + _position_embedding(p["position_embed"], vision.coordinates, config)
+    x = embed_patches(p, vision, config)
     rope = vision_rope(vision.coordinates, config)
-    segments = vision.segment_ids
 
     def block(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, Any], jax.Array]) -> tuple[Any, None]:
         x, taps = carry
-        p, index = layer
-        x = x + _attention(p["attn"], layer_norm(p["norm1"], x), rope, segments, config)
-        hidden = checkpoint_name(_linear(p["mlp"]["fc1"], layer_norm(p["norm2"], x)), "mlp_hidden")
-        x = x + _linear(p["mlp"]["fc2"], jax.nn.gelu(hidden, approximate=True))
+        p, level = layer
+        x = x + vision_attention(p, x, rope, vision.segment_ids, config)
+        x = x + vision_mlp(p, x)
         # A tap is kept in the carry, not as a scan output, so that depth x patches is never materialised.
-        tapped = jnp.asarray(config.deepstack_visual_indexes, jnp.int32) == index
-        return (x, jnp.where(tapped[:, None, None, None], x[None], taps)), None
+        return (x, put_level(taps, x, level)), None
 
-    levels = len(config.deepstack_visual_indexes)
+    indexes = config.deepstack_visual_indexes
+    levels = len(indexes)
     taps = jnp.zeros((levels, *x.shape), x.dtype)
-    layers = (p["blocks"], jnp.arange(config.depth, dtype=jnp.int32))
+    level_of = [indexes.index(layer) if layer in indexes else -1 for layer in range(config.depth)]
+    layers = (p["blocks"], jnp.asarray(level_of, jnp.int32))
     (x, taps), _ = scan_layers(rematerialise(block, remat), (x, taps), layers)
 
-    merged = config.hidden_size * config.merge_unit
-    tokens = _merge(p["merger"], layer_norm(p["merger"]["norm"], x).reshape(-1, merged))
+    tokens = merge_patches(p["merger"], x, config)
     # Level j of the language model receives the j-th tap in layer order, through the merger of its place in the list.
     deepstack = [
-        _merge(merger := jax.tree.map(lambda leaf, j=j: leaf[j], p["deepstack_mergers"]),
-               layer_norm(merger["norm"], taps[j].reshape(-1, merged)))
-        for j in np.argsort(config.deepstack_visual_indexes)
-    ]  # fmt: skip
+        merge_tap(jax.tree.map(lambda leaf, j=j: leaf[j], p["deepstack_mergers"]), taps[j], config)
+        for j in np.argsort(indexes)
+    ]
     return VisionFeatures(tokens, jnp.stack(deepstack) if levels else jnp.zeros((0, *tokens.shape), tokens.dtype))
 
 
-def _linear(p: dict[str, Any], x: jax.Array) -> jax.Array:
-    return add_bias(matmul(x, p["kernel"]), p["bias"])
+def embed_patches(p: dict[str, Any], vision: VisionInputs, config: VisionConfig) -> jax.Array:
+    """Patches [R, L, P] to the first block's input [R, L, D]."""
+    x = _linear(p["patch_embed"], vision.patches.astype(p["patch_embed"]["kernel"].dtype))
+    return x + _position_embedding(p["position_embed"], vision.coordinates, config)
 
 
-def _attention(
+def vision_attention(
     p: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array], segments: jax.Array, config: VisionConfig
 ) -> jax.Array:
+    """What one block's attention, its norm included, adds to x [R, L, D]; `p` are the block's parameters."""
     rows, length = x.shape[:2]
     # split, for its gradient is one concatenation; that of three indexings is three padded sums.
-    parts = jnp.split(_linear(p["qkv"], x), 3, axis=-1)
+    parts = jnp.split(_linear(p["attn"]["qkv"], layer_norm(p["norm1"], x)), 3, axis=-1)
     heads = (rows, length, config.num_heads, config.head_dim)
     q, k, v = (checkpoint_name(part.reshape(heads), "qkv") for part in parts)
-    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    q, k = rotate(q, *rope), rotate(k, *rope)
     out = attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=False)
-    return _linear(p["proj"], out.reshape(rows, length, -1))
+    return _linear(p["attn"]["proj"], out.reshape(rows, length, -1))
+
+
+def vision_mlp(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    """What one block's MLP, its norm included, adds to x [R, L, D]; `p` are the block's parameters."""
+    hidden = checkpoint_name(matmul(layer_norm(p["norm2"], x), p["mlp"]["fc1"]["kernel"]), "mlp_hidden")
+    return _linear(p["mlp"]["fc2"], bias_gelu(hidden, p["mlp"]["fc1"]["bias"]))
+
+
+def merge_patches(p: dict[str, Any], x: jax.Array, config: VisionConfig) -> jax.Array:
+    """The last block's output [R, L, D] as tokens [M, H]; normed, then joined."""
+    return _merge(p, layer_norm(p["norm"], x).reshape(-1, config.hidden_size * config.merge_unit))
+
+
+def merge_tap(p: dict[str, Any], x: jax.Array, config: VisionConfig) -> jax.Array:
+    """A tapped block's output [R, L, D] as DeepStack features [M, H]; joined, then normed."""
+    return _merge(p, layer_norm(p["norm"], x.reshape(-1, config.hidden_size * config.merge_unit)))
+
+
+def _linear(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    # The bias joins the float32 sum: added to a rounded one, it would cost bfloat16 a third more error than torch has.
+    return add_bias(matmul(x, p["kernel"], dtype=jnp.float32), p["bias"].astype(jnp.float32)).astype(x.dtype)
 
 
 def _merge(p: dict[str, Any], x: jax.Array) -> jax.Array:

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels_cuda import jax_fused
+from mindjax.ops.dispatch import on_cpu
+
 # Queries beyond this go in blocks, recomputed in the backward pass, so that memory grows with T x block, not T^2.
 QUERY_BLOCK = 1024
 # Finite, so that a row of padding (nothing to attend to) gives an average and not NaN.
@@ -66,6 +69,16 @@ def _attend(
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    operands = (q, k, v, q_segment_ids, kv_segment_ids, q_index)
+    out, normaliser = on_cpu(jax_fused.attention, _attend_whole, *operands)
+    out, normaliser = checkpoint_name(out, "attention"), checkpoint_name(normaliser, "attention")
+    return out, (*operands, out, normaliser)
+
+
+def _attend_whole(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(out, logarithm of each query's sum of exponentials [B, N, T])."""
     rows, keys, values = _fold(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = _scores(rows, keys, q_segment_ids, kv_segment_ids, q_index)
     largest = scores.max(-1, keepdims=True)
@@ -74,14 +87,27 @@ def _forward(
     out = _product("bkns,bksd->bknd", (weights / total).astype(v.dtype), values)
     # Rows of padding, which attend to nothing, get weights of 0 in the backward pass.
     normaliser = jnp.where(largest > MASKED / 2, largest + jnp.log(total), jnp.float32(jnp.inf))
-    out = checkpoint_name(_unfold(out, q.shape).astype(q.dtype), "attention")
-    normaliser = checkpoint_name(normaliser, "attention")
-    return out, (q, k, v, q_segment_ids, kv_segment_ids, q_index, out, normaliser)
+    return _unfold(out, q.shape).astype(q.dtype), normaliser.reshape(q.shape[0], q.shape[2], q.shape[1])
 
 
 def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[Any, ...]:
-    q, k, v, q_segment_ids, kv_segment_ids, q_index, out, normaliser = saved
+    nothing = [np.zeros(ids.shape, jax.dtypes.float0) for ids in saved[3:6]]
+    return (*on_cpu(jax_fused.attention_grad, _attend_whole_backward, *saved, g), *nothing)
+
+
+def _attend_whole_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    q_index: jax.Array,
+    out: jax.Array,
+    normaliser: jax.Array,
+    g: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     heads = k.shape[2]
+    normaliser = normaliser.reshape(q.shape[0], heads, -1, 1)
     rows, keys, values = _fold(q, heads), k.swapaxes(1, 2), v.swapaxes(1, 2)
     weights = jnp.exp(_scores(rows, keys, q_segment_ids, kv_segment_ids, q_index) - normaliser)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
@@ -90,9 +116,8 @@ def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[Any, ...]:
     d_scores = (weights * (d_weights - _fold(inner, heads)) * jnp.float32(q.shape[-1] ** -0.5)).astype(q.dtype)
     dq = _product("bkns,bksd->bknd", d_scores, keys)
     dk, dv = _over_rows(d_scores, rows), _over_rows(weights.astype(v.dtype), g_rows)
-    nothing = [np.zeros(ids.shape, jax.dtypes.float0) for ids in (q_segment_ids, kv_segment_ids, q_index)]
-    gradients = (_unfold(dq, q.shape).astype(q.dtype), dk.swapaxes(1, 2).astype(k.dtype))
-    return (*gradients, dv.swapaxes(1, 2).astype(v.dtype), *nothing)
+    dk, dv = dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
+    return _unfold(dq, q.shape).astype(q.dtype), dk, dv
 
 
 _attend.defvjp(_forward, _backward)

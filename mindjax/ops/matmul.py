@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_cuda import jax_binding
+from mindjax.ops.dispatch import on_cpu
+
 Array = jax.Array
 
 
@@ -31,7 +34,11 @@ def matmul(x: Array, w: Array, *, dtype: Any = None) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: Array, w: Array, dtype: jnp.dtype) -> Array:
-    return contract(x, w, (x.ndim - 1,), (0,)).astype(dtype)
+    def kernel(x: Array, w: Array) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        return jax_binding.gmm(rows, w[None], _one_group(rows), dtype=dtype).reshape(*x.shape[:-1], -1)
+
+    return on_cpu(kernel, lambda x, w: contract(x, w, (x.ndim - 1,), (0,)).astype(dtype), x, w)
 
 
 def _forward(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
@@ -41,8 +48,22 @@ def _forward(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, 
 def _backward(dtype: jnp.dtype, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     # A float32 cotangent of bfloat16 operands is rounded like the operands are: the sums stay in float32.
-    g = g.astype(x.dtype)
+    return on_cpu(_kernel_backward, _contract_backward, x, w, g.astype(x.dtype))
+
+
+def _contract_backward(x: Array, w: Array, g: Array) -> tuple[Array, Array]:
     return contract(g, w, (g.ndim - 1,), (1,)).astype(x.dtype), contract_rows(x, g).astype(w.dtype)
+
+
+def _kernel_backward(x: Array, w: Array, g: Array) -> tuple[Array, Array]:
+    """The dense product is the grouped one with a single group."""
+    rows, outer = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    size = _one_group(rows)
+    return jax_binding.gmm_t(outer, w[None], size).reshape(x.shape), jax_binding.tgmm(rows, outer, size)[0]
+
+
+def _one_group(rows: Array) -> Array:
+    return jnp.full(1, rows.shape[0], jnp.int32)
 
 
 _matmul.defvjp(_forward, _backward)

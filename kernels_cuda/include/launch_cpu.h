@@ -1,0 +1,53 @@
+// Kernels that only the CPU library has: on other devices XLA, cuDNN or Pallas do these well. See launch.h.
+#pragma once
+#include "launch.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// B rows; `heads` query heads share `kv_heads` key/value heads, consecutive ones the same.
+typedef struct mjk_attention_shape {
+  int64_t rows, queries, keys, heads, kv_heads, dim;
+} mjk_attention_shape;
+
+// Softmax attention of q[B, queries, heads, dim] to k, v[B, keys, kv_heads, dim], scores times dim^-0.5, in float32.
+// Query t sees key s where their segments (q_segments[B, queries], kv_segments[B, keys]) are equal and not 0, and
+// s <= q_index[t] unless q_index[t] < 0. Writes out like q, and normaliser[B, heads, queries] float32, the logarithm
+// of the sum of exponentials; a query that sees nothing gets zeros and +infinity.
+MJK_API int mjk_attention(void* stream, mjk_dtype dtype, const mjk_attention_shape* shape, const void* q, const void* k,
+                          const void* v, const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index,
+                          void* out, float* normaliser);
+
+// Gradients of the above from its results and g, the gradient of `out`; of the shapes of q, k and v.
+MJK_API int mjk_attention_grad(void* stream, mjk_dtype dtype, const mjk_attention_shape* shape, const void* q,
+                               const void* k, const void* v, const int32_t* q_segments, const int32_t* kv_segments,
+                               const int32_t* q_index, const void* out, const float* normaliser, const void* g, void* dq,
+                               void* dk, void* dv);
+
+// y = x * scale / rms(x) over the last dimension of x[rows, size] (centred == 0; bias NULL; rounded to the dtype before
+// the scale), or LayerNorm with bias (centred != 0); eps is added to the mean square.
+MJK_API int mjk_norm(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64_t size, float eps, const void* x,
+                     const void* scale, const void* bias, void* y);
+// dx, and float32 d_scale[size] and (where centred) d_bias[size].
+MJK_API int mjk_norm_grad(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64_t size, float eps,
+                          const void* x, const void* scale, const void* g, void* dx, float* d_scale, float* d_bias);
+
+// out = silu(gate) * up, `count` elements each, and its gradients.
+MJK_API int mjk_silu_product(void* stream, mjk_dtype dtype, int64_t count, const void* gate, const void* up, void* out);
+MJK_API int mjk_silu_product_grad(void* stream, mjk_dtype dtype, int64_t count, const void* gate, const void* up,
+                                  const void* g, void* d_gate, void* d_up);
+
+// y = gelu(x + bias) by tanh, x[rows, size] and bias[size]; the gradients are dx and float32 d_bias.
+MJK_API int mjk_bias_gelu(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias,
+                          void* y);
+MJK_API int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias,
+                               const void* g, void* dx, float* d_bias);
+
+// Rotates the pairs (i, i + dim / 2) of x[rows, heads, dim] by cos, sin[rows, dim / 2]; sign -1 turns back.
+MJK_API int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t dim, float sign, const void* x,
+                     const float* cosine, const float* sine, void* y);
+
+#ifdef __cplusplus
+}
+#endif

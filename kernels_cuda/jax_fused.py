@@ -1,0 +1,129 @@
+"""The CPU library's fused operations as JAX functions; no differentiation here. See include/launch_cpu.h."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_cuda import library
+
+Array = jax.Array
+
+TARGETS = (
+    "attention",
+    "attention_grad",
+    "rms_norm",
+    "rms_norm_grad",
+    "layer_norm",
+    "layer_norm_grad",
+    "silu_product",
+    "silu_product_grad",
+    "bias_gelu",
+    "bias_gelu_grad",
+    "rope",
+)
+
+
+@cache
+def available() -> bool:
+    """Whether the CPU library is there."""
+    handle = library.load("cpu").handle
+    if handle is None or not hasattr(handle, "mjk_ffi_attention"):  # a build without JAX has no handlers
+        return False
+    for name in TARGETS:
+        symbol = getattr(handle, f"mjk_ffi_{name}")
+        jax.ffi.register_ffi_target(f"mjk_{name}", jax.ffi.pycapsule(symbol), platform="cpu")
+    return True
+
+
+def usable() -> bool:
+    """Whether to use them: the library is there, and arrays are whole, for XLA cannot divide a foreign call.
+
+    On a mesh of CPU devices the same operations in jnp are divided like on any other device.
+    """
+    return jax.device_count() == 1 and available()
+
+
+def attention(
+    q: Array, k: Array, v: Array, q_segment_ids: Array, kv_segment_ids: Array, q_index: Array
+) -> tuple[Array, Array]:
+    """(out [B, T, N, D], normaliser [B, N, T]) of q [B, T, N, D], k and v [B, S, K, D]."""
+    batch, queries, heads, _ = q.shape
+    shapes = (_like(q), jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32))
+    return _call("attention", shapes)(q, k, v, q_segment_ids, kv_segment_ids, q_index)
+
+
+def attention_grad(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segment_ids: Array,
+    kv_segment_ids: Array,
+    q_index: Array,
+    out: Array,
+    normaliser: Array,
+    g: Array,
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv)"""
+    call = _call("attention_grad", (_like(q), _like(k), _like(v)))
+    return call(q, k, v, q_segment_ids, kv_segment_ids, q_index, out, normaliser, g)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """[..., H] by scale [H]."""
+    return _call("rms_norm", _like(x))(x, scale, eps=np.float32(eps))
+
+
+def rms_norm_grad(x: Array, scale: Array, g: Array, eps: float) -> tuple[Array, Array]:
+    """(dx, d_scale [H] float32)"""
+    return _call("rms_norm_grad", (_like(x), _sum(scale)))(x, scale, g, eps=np.float32(eps))
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """[..., H] by scale and bias [H]."""
+    return _call("layer_norm", _like(x))(x, scale, bias, eps=np.float32(eps))
+
+
+def layer_norm_grad(x: Array, scale: Array, g: Array, eps: float) -> tuple[Array, Array, Array]:
+    """(dx, d_scale [H] float32, d_bias [H] float32)"""
+    return _call("layer_norm_grad", (_like(x), _sum(scale), _sum(scale)))(x, scale, g, eps=np.float32(eps))
+
+
+def silu_product(gate: Array, up: Array) -> Array:
+    return _call("silu_product", _like(gate))(gate, up)
+
+
+def silu_product_grad(gate: Array, up: Array, g: Array) -> tuple[Array, Array]:
+    """(d_gate, d_up)"""
+    return _call("silu_product_grad", (_like(gate), _like(up)))(gate, up, g)
+
+
+def bias_gelu(x: Array, bias: Array) -> Array:
+    """gelu(x + bias) by tanh, x [..., N], bias [N]."""
+    return _call("bias_gelu", _like(x))(x, bias)
+
+
+def bias_gelu_grad(x: Array, bias: Array, g: Array) -> tuple[Array, Array]:
+    """(dx, d_bias [N] float32)"""
+    return _call("bias_gelu_grad", (_like(x), _sum(bias)))(x, bias, g)
+
+
+def rope(x: Array, cos: Array, sin: Array, sign: float) -> Array:
+    """x [B, T, N, D] turned by cos, sin [B, T, D / 2]; sign -1 turns back."""
+    return _call("rope", _like(x))(x, cos, sin, sign=np.float32(sign))
+
+
+def _call(name: str, shapes: Any) -> Any:
+    return jax.ffi.ffi_call(f"mjk_{name}", shapes, vmap_method="sequential")
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _sum(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
