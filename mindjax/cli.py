@@ -115,7 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     convert = add("convert", run_convert, "rewrite a checkpoint in another dtype or expert layout")
     convert.add_argument("source", metavar="SRC", help="a Hugging Face folder")
     convert.add_argument("destination", metavar="DST", help="the folder to write")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "fp8-block"),
+        help="default: as it is, bfloat16 where SRC is in fp8 blocks",
+    )
     convert.add_argument(
         "--layout",
         choices=("published", "transformers"),
@@ -203,8 +207,18 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest, ["--dtype", "--layout", "--source-layout"])
+    from mindjax.interop import fp8_blocks
     from mindjax.models import hf_weights
 
+    to_blocks = arguments.dtype == "fp8-block"
+    if to_blocks or fp8_blocks.is_block_fp8(arguments.source):
+        if arguments.layout != "published":
+            raise ValueError("fp8 blocks go with the published layout of experts; change that in a step of its own")
+        if to_blocks:
+            fp8_blocks.export(arguments.source, arguments.destination)
+        else:
+            fp8_blocks.restore(arguments.source, arguments.destination, dtype=arguments.dtype or "bfloat16")
+        return 0
     hf_weights.convert(
         arguments.source,
         arguments.destination,

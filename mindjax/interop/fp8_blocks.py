@@ -146,7 +146,7 @@ def restore(
     """
     source, target, dtype = Path(source), Path(target), jnp.dtype(dtype)
     hf_config = read_json(source / "config.json")
-    if not is_block_fp8(hf_config):
+    if not is_block_fp8(source):
         found = hf_config.get("quantization_config")
         raise ValueError(f"{source}: quantization_config is {found}; this reads fp8 in blocks of [{BLOCK}, {BLOCK}]")
     reader = Reader(source, DTYPES | QUANTISED_DTYPES)
@@ -166,9 +166,10 @@ def restore(
     _write_folder(source, target, specs, tensor, with_dtype(hf_config, dtype), max_shard_bytes)
 
 
-def is_block_fp8(hf_config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a folder that `restore` reads."""
-    quantisation = hf_config.get("quantization_config") or {}
+def is_block_fp8(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder's config.json is of one that `restore` reads."""
+    path = Path(folder) / "config.json"
+    quantisation = (read_json(path) if path.is_file() else {}).get("quantization_config") or {}
     return quantisation.get("quant_method") == "fp8" and quantisation.get("weight_block_size") == [BLOCK, BLOCK]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mindjax.cli import main
 from mindjax.interop import vllm
 from mindjax.interop.fp8_blocks import SCALE, export, from_blocks, is_quantised, restore, to_blocks
 from mindjax.interop.random_checkpoint import random_checkpoint, random_model
@@ -114,6 +115,15 @@ def test_export_and_restore(name: str, folders: dict[str, Path], tmp_path: Path)
             want = quantised[key].astype(np.float32) * scales
         np.testing.assert_array_equal(back[key], want)
     hf_weights.convert(tmp_path / "back", tmp_path / "again", dtype="bfloat16")  # a folder like any other
+
+
+def test_command(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert = ["convert", str(folders["dense"]), str(tmp_path / "fp8"), "--dtype", "fp8-block"]
+    assert main(convert) == 0 and main(["convert", str(tmp_path / "fp8"), str(tmp_path / "back")]) == 0
+    back, plain = read(tmp_path / "back"), read(folders["dense"])
+    assert set(back) == set(plain) and all(w.dtype == ml_dtypes.bfloat16 for w in back.values())
+    assert main([*convert, "--layout", "transformers"]) == 2
+    assert "a step of its own" in capsys.readouterr().err
 
 
 def test_any_shape_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
