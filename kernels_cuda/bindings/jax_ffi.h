@@ -100,6 +100,43 @@ inline ffi::Error tgmm(Stream::Context context, Array x, Array g, Array sizes, A
                          static_cast<const int32_t*>(sizes.untyped_data()), out->untyped_data()));
 }
 
+// x[R, K] xs, w[G, N, K] ws -> out[R, N]
+inline ffi::Error gmm_fp8(Stream::Context context, Array x, Array xs, Array w, Array ws, Array sizes, Result out,
+                          int64_t group_offset) {
+  const int64_t rows = dim(x, 0), k = dim(x, 1), groups = dim(w, 0), n = dim(w, 1);
+  if (!has_shape(x, {rows, k}) || !has_shape(w, {groups, n, k}) || !has_shape(*out, {rows, n}) ||
+      !has_shape(xs, {rows, blocks(k)}) || !has_shape(ws, {groups, blocks(n), blocks(k)}))
+    return wrong("x " + show(x) + " with scales " + show(xs) + ", w " + show(w) + " with scales " + show(ws) +
+                 " and the result " + show(*out) + " do not fit: scales are per 1 x 128 of x, 128 x 128 of w");
+  if (x.element_type() != ffi::DataType::F8E4M3FN || w.element_type() != ffi::DataType::F8E4M3FN ||
+      xs.element_type() != ffi::DataType::F32 || ws.element_type() != ffi::DataType::F32 || !is_float(*out))
+    return wrong("x and w must be float8_e4m3fn, their scales float32, the result float32 or bfloat16");
+  if (auto error = check_sizes(sizes, groups, group_offset); error.failure()) return error;
+  Stream stream(context);
+  return finish(mjk_gmm_fp8(stream.get(), dtype(*out), rows, k, n, groups, dim(sizes, 0), group_offset,
+                            x.untyped_data(), static_cast<const float*>(xs.untyped_data()), w.untyped_data(),
+                            static_cast<const float*>(ws.untyped_data()),
+                            static_cast<const int32_t*>(sizes.untyped_data()), out->untyped_data()));
+}
+
+inline ffi::Error gmm_s8(Stream::Context context, Array x, Array xs, Array w, Array ws, Array sizes, Result out,
+                         int64_t group_offset) {
+  const int64_t rows = dim(x, 0), k = dim(x, 1), groups = dim(w, 0), n = dim(w, 1);
+  if (!has_shape(x, {rows, k}) || !has_shape(w, {groups, n, k}) || !has_shape(*out, {rows, n}) ||
+      !has_shape(xs, {rows}) || !has_shape(ws, {groups, n}))
+    return wrong("x " + show(x) + " with scales " + show(xs) + ", w " + show(w) + " with scales " + show(ws) +
+                 " and the result " + show(*out) + " do not fit: scales are per row of x and per output of w");
+  if (x.element_type() != ffi::DataType::S8 || w.element_type() != ffi::DataType::S8 ||
+      xs.element_type() != ffi::DataType::F32 || ws.element_type() != ffi::DataType::F32 || !is_float(*out))
+    return wrong("x and w must be int8, their scales float32, the result float32 or bfloat16");
+  if (auto error = check_sizes(sizes, groups, group_offset); error.failure()) return error;
+  Stream stream(context);
+  return finish(mjk_gmm_s8(stream.get(), dtype(*out), rows, k, n, groups, dim(sizes, 0), group_offset,
+                           x.untyped_data(), static_cast<const float*>(xs.untyped_data()), w.untyped_data(),
+                           static_cast<const float*>(ws.untyped_data()),
+                           static_cast<const int32_t*>(sizes.untyped_data()), out->untyped_data()));
+}
+
 // x[rows, K], index[out_rows] or nothing -> out[out_rows, K], scales[out_rows, ceil(K / 128)]
 inline ffi::Error quantize_e4m3(Stream::Context context, Array x, Array index, Result out, Result scales) {
   const int64_t rows = dim(x, 0), k = dim(x, 1), out_rows = dim(*out, 0);
@@ -197,6 +234,10 @@ inline ffi::Error swiglu_grad(Stream::Context context, Array gate_up, Array scal
 MINDJAX_FFI(mjk_ffi_gmm, gmm, MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_RET MINDJAX_OFFSET);
 MINDJAX_FFI(mjk_ffi_gmm_t, gmm_t, MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_RET MINDJAX_OFFSET);
 MINDJAX_FFI(mjk_ffi_tgmm, tgmm, MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_RET MINDJAX_OFFSET);
+MINDJAX_FFI(mjk_ffi_gmm_fp8, gmm_fp8,
+            MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_RET MINDJAX_OFFSET);
+MINDJAX_FFI(mjk_ffi_gmm_s8, gmm_s8,
+            MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_RET MINDJAX_OFFSET);
 MINDJAX_FFI(mjk_ffi_quantize_e4m3, quantize_e4m3, MINDJAX_ARG MINDJAX_ARG MINDJAX_RET MINDJAX_RET);
 MINDJAX_FFI(mjk_ffi_permute, permute, MINDJAX_ARG MINDJAX_ARG MINDJAX_RET);
 MINDJAX_FFI(mjk_ffi_unpermute, unpermute, MINDJAX_ARG MINDJAX_ARG MINDJAX_ARG MINDJAX_RET);

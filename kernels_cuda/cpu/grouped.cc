@@ -1,15 +1,7 @@
 // The grouped products: groups are cut into blocks, which the threads of a pool take one by one.
-#include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
 
-#include "errors.h"
-#include "isa.h"
-#include "pool.h"
-#include "scratch.h"
+#include "items.h"
 
 namespace mindjax {
 namespace {
@@ -27,7 +19,6 @@ struct Call {
 };
 
 int64_t bytes(mjk_dtype type) { return type == MJK_F32 ? 4 : type == MJK_BF16 ? 2 : 1; }
-int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 // How a call is cut: into items, numbered from 0, that any thread can do in any order with the same result.
 class Plan {
@@ -156,49 +147,15 @@ int run(const mjk_pool* pool, const Call& call, int64_t groups_total, int64_t gr
   if (call.in != MJK_F32 && call.in != MJK_BF16) return fail(MJK_UNSUPPORTED, "inputs must be float32 or bfloat16");
   if (call.out != MJK_F32 && call.out != MJK_BF16) return fail(MJK_UNSUPPORTED, "the result must be float32 or bfloat16");
   if (call.accumulate && call.out != MJK_F32) return fail(MJK_INVALID_ARGUMENT, "accumulate takes a float32 result");
-  if (call.rows < 0 || call.k < 0 || call.n < 0 || call.groups < 0 || group_offset < 0 ||
-      group_offset + call.groups > groups_total)
-    return fail(MJK_INVALID_ARGUMENT, "sizes must not be negative, and offset + groups not exceed %lld group sizes",
-                (long long)groups_total);
-  std::vector<int64_t> starts(size_t(call.groups + 1));
-  int64_t at = 0;
-  for (int64_t g = 0; g < groups_total; ++g) {
-    if (g >= group_offset && g <= group_offset + call.groups) starts[size_t(g - group_offset)] = at;
-    if (group_sizes[g] < 0) return fail(MJK_INVALID_ARGUMENT, "group %lld has %d rows", (long long)g, group_sizes[g]);
-    at += group_sizes[g];
-  }
-  if (group_offset + call.groups == groups_total) starts[size_t(call.groups)] = at;
-  if (at > call.rows)
-    return fail(MJK_INVALID_ARGUMENT, "the groups have %lld rows in all, x has %lld", (long long)at,
-                (long long)call.rows);
+  if (call.k < 0 || call.n < 0) return fail(MJK_INVALID_ARGUMENT, "sizes must not be negative");
+  std::vector<int64_t> starts;
+  if (int status = group_starts(call.rows, call.groups, groups_total, group_offset, group_sizes, starts)) return status;
   const Kernels& kernels = *(call.in == MJK_F32 ? isa().f32 : isa().bf16);
   const Plan plan(call, kernels, std::move(starts), pool ? pool->threads : 1);
-
-  struct Shared {
-    const Plan& plan;
-    const Kernels& kernels;
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> out_of_memory{false};
-  } shared{plan, kernels};
-  const auto work = [](void* context, int64_t) {
-    Shared& shared = *static_cast<Shared*>(context);
-    const int64_t items = shared.plan.items();
-    int64_t item = shared.next.fetch_add(1, std::memory_order_relaxed);
-    if (item >= items) return;
-    char* scratch = thread_scratch(shared.plan.scratch());
-    if (!scratch) {
-      shared.out_of_memory = true;
-      return;
-    }
-    shared.kernels.enter();
-    for (; item < items; item = shared.next.fetch_add(1, std::memory_order_relaxed)) shared.plan.run(item, scratch);
-    shared.kernels.leave();
-  };
   // Waking a thread costs microseconds.
-  const int64_t workers = plan.work() < 4e6 || !pool ? 1 : std::min<int64_t>(pool->threads, plan.items());
-  run_tasks(pool, workers, work, &shared);
-  if (shared.out_of_memory) return fail(MJK_LAUNCH_FAILED, "no memory for %zu bytes of scratch", plan.scratch());
-  return MJK_OK;
+  const int64_t workers = !pool || plan.work() < 4e6 ? 1 : pool->threads;
+  return run_items(pool, workers, plan.items(), plan.scratch(), kernels,
+                   [&plan](int64_t item, char* scratch) { plan.run(item, scratch); });
 }
 
 }  // namespace

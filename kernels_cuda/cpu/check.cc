@@ -1,0 +1,202 @@
+// Runs every function of the C ABI over awkward shapes against float64, each array ending at a page that may not be
+// touched: `cmake -DMINDJAX_SANITIZE=ON` builds it with the sanitizers, which do not see what masked vector
+// instructions and tile loads read. Prints what is wrong and exits with 1.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "launch.h"
+
+namespace {
+
+std::mt19937 generator(0);
+int failures = 0;
+
+// An array of T that ends where a page without access begins.
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(int64_t size) : size_(size) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    length_ = (size_t(size) * sizeof(T) + page - 1) / page * page + page;
+    base_ = static_cast<char*>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(base_ + length_ - page, page, PROT_NONE);
+    data_ = reinterpret_cast<T*>(base_ + length_ - page) - size;
+    std::memset(data_, 0xff, size_t(size) * sizeof(T));  // NaN
+  }
+  ~Guarded() { munmap(base_, length_); }
+  Guarded(const Guarded&) = delete;
+  T* get() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_;
+  size_t length_;
+  char* base_;
+  T* data_;
+};
+
+float widen(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+float value(float x) { return x; }
+float value(uint16_t x) { return widen(x); }
+void set(float& to, float x) { to = x; }
+void set(uint16_t& to, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  to = uint16_t(bits >> 16);
+}
+
+template <class T>
+void fill(Guarded<T>& array, int64_t count) {
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; ++i) set(array[i], normal(generator));
+}
+
+template <class T>
+void compare(const char* what, Guarded<T>& got, const std::vector<double>& wanted, double bound) {
+  double difference = 0, norm = 0;
+  for (int64_t i = 0; i < got.size(); ++i) {
+    const double d = double(value(got[i])) - wanted[size_t(i)];
+    difference += d * d;
+    norm += wanted[size_t(i)] * wanted[size_t(i)];
+  }
+  if (!(std::sqrt(difference) <= bound * std::sqrt(norm))) {
+    std::printf("%s: ||difference|| %.3g, ||reference|| %.3g\n", what, std::sqrt(difference), std::sqrt(norm));
+    ++failures;
+  }
+}
+
+void ok(const char* what, int status) {
+  if (status == MJK_OK) return;
+  std::printf("%s: status %d, %s\n", what, status, mjk_last_error());
+  ++failures;
+}
+
+template <class T>
+void products(void* pool, mjk_dtype type, int64_t k, int64_t n, const std::vector<int32_t>& sizes, int64_t rows) {
+  const int64_t groups = int64_t(sizes.size());
+  int64_t used = 0;
+  for (int32_t size : sizes) used += size;
+  Guarded<int32_t> sizes_(groups);
+  std::memcpy(sizes_.get(), sizes.data(), sizes.size() * 4);
+  Guarded<T> x(rows * k), w(groups * k * n), g(rows * n), out(rows * n), dx(rows * k);
+  Guarded<float> dw(groups * k * n);
+  fill(x, used * k), fill(w, groups * k * n), fill(g, used * n);
+  std::vector<double> out_(size_t(rows * n)), dx_(size_t(rows * k)), dw_(size_t(groups * k * n));
+  for (int64_t group = 0, row = 0; group < groups; ++group)
+    for (int64_t end = row + sizes[size_t(group)]; row < end; ++row)
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+          const int64_t at = (group * k + i) * n + j;
+          const double xi = value(x[row * k + i]), gj = value(g[row * n + j]), wij = value(w[at]);
+          out_[size_t(row * n + j)] += xi * wij;
+          dx_[size_t(row * k + i)] += gj * wij;
+          dw_[size_t(at)] += xi * gj;
+        }
+  const double bound = type == MJK_F32 ? 1e-6 : 3e-3;
+  ok("gmm", mjk_gmm(pool, type, type, rows, k, n, groups, groups, 0, x.get(), w.get(), sizes_.get(), out.get()));
+  compare("gmm", out, out_, bound);
+  ok("gmm_t", mjk_gmm_t(pool, type, type, rows, k, n, groups, groups, 0, g.get(), w.get(), sizes_.get(), dx.get()));
+  compare("gmm_t", dx, dx_, bound);
+  ok("tgmm", mjk_tgmm(pool, type, MJK_F32, 0, rows, k, n, groups, groups, 0, x.get(), g.get(), sizes_.get(), dw.get()));
+  compare("tgmm", dw, dw_, 1e-6);
+  ok("tgmm", mjk_tgmm(pool, type, MJK_F32, 1, rows, k, n, groups, groups, 0, x.get(), g.get(), sizes_.get(), dw.get()));
+  for (double& v : dw_) v *= 2;
+  compare("tgmm, added", dw, dw_, 1e-6);
+}
+
+void quantised(void* pool, int64_t k, int64_t n, int32_t size, int64_t rows) {
+  const int64_t k_blocks = (k + 127) / 128, n_blocks = (n + 127) / 128;
+  Guarded<float> x(rows * k), xs(rows * k_blocks), ws(n_blocks * k_blocks), rows_scale(rows), columns_scale(n);
+  Guarded<uint8_t> q(rows * k), w(n * k);
+  Guarded<float> out(rows * n);
+  Guarded<int32_t> sizes(1);
+  sizes[0] = size;
+  fill(x, rows * k), fill(ws, ws.size()), fill(rows_scale, rows), fill(columns_scale, n);
+  ok("quantize", mjk_quantize_e4m3(pool, MJK_F32, rows, rows, k, x.get(), nullptr, q.get(), xs.get()));
+  for (int64_t i = 0; i < n * k; ++i) w[i] = uint8_t(0x30 + i % 7);
+  ok("fp8", mjk_gmm_fp8(pool, MJK_F32, rows, k, n, 1, 1, 0, q.get(), xs.get(), w.get(), ws.get(), sizes.get(),
+                        out.get()));
+  ok("s8", mjk_gmm_s8(pool, MJK_F32, rows, k, n, 1, 1, 0, q.get(), rows_scale.get(), w.get(), columns_scale.get(),
+                      sizes.get(), out.get()));
+  std::vector<double> wanted(size_t(rows * n));
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t c = 0; c < k; ++c) wanted[size_t(i * n + j)] += int8_t(q[i * k + c]) * int8_t(w[j * k + c]);
+      wanted[size_t(i * n + j)] *= double(rows_scale[i]) * columns_scale[j];
+    }
+  compare("s8", out, wanted, 1e-6);
+}
+
+template <class T>
+void rows_ops(void* pool, mjk_dtype type, int64_t rows, int64_t k) {
+  const int64_t choices = 3;
+  Guarded<T> x(rows * 2 * k), picked(rows * choices * 2 * k), summed(rows * 2 * k), y(rows * k), d(rows * k),
+      d_in(rows * 2 * k);
+  Guarded<int32_t> index(rows * choices);
+  Guarded<float> weight(rows * choices), d_scale(rows);
+  fill(x, x.size()), fill(d, d.size()), fill(weight, weight.size());
+  for (int64_t i = 0; i < index.size(); ++i) index[i] = i % 5 == 4 ? -1 : int32_t(i * 7 % rows);
+  ok("permute", mjk_permute(pool, type, rows, rows * choices, 2 * k, x.get(), index.get(), picked.get()));
+  ok("unpermute", mjk_unpermute(pool, type, rows, rows, choices, 2 * k, x.get(), index.get(), weight.get(),
+                                summed.get()));
+  ok("swiglu", mjk_swiglu(pool, type, rows, k, x.get(), weight.get(), y.get()));
+  ok("swiglu_grad", mjk_swiglu_grad(pool, type, rows, k, x.get(), weight.get(), d.get(), d_in.get(), d_scale.get()));
+  std::vector<double> picked_, summed_(size_t(rows * 2 * k)), y_;
+  for (int64_t i = 0; i < index.size(); ++i)
+    for (int64_t c = 0; c < 2 * k; ++c) {
+      const double v = index[i] < 0 ? 0 : value(x[index[i] * 2 * k + c]);
+      picked_.push_back(v);
+      summed_[size_t(i / choices * 2 * k + c)] += v * weight[i];
+    }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < k; ++c) {
+      const double gate = value(x[i * 2 * k + c]), up = value(x[i * 2 * k + k + c]);
+      y_.push_back(gate / (1 + std::exp(-gate)) * up * weight[i]);
+    }
+  const double bound = type == MJK_F32 ? 1e-6 : 4e-3;
+  compare("permute", picked, picked_, 0);
+  compare("unpermute", summed, summed_, bound);
+  compare("swiglu", y, y_, bound);
+}
+
+}  // namespace
+
+int main() {
+  for (int32_t threads : {1, 3}) {
+    const mjk_pool* pool = mjk_pool_create(threads);
+    void* stream = const_cast<mjk_pool*>(pool);
+    for (const auto& [k, n] : {std::pair<int64_t, int64_t>{1, 1}, {33, 7}, {96, 64}, {129, 65}, {40, 300}}) {
+      for (const std::vector<int32_t>& sizes : std::vector<std::vector<int32_t>>{
+               {0, 0, 0}, {0, 0, 4, 2}, {0, 33, 0}, {1, 63, 0, 65}, {16, 32, 48}}) {
+        int64_t rows = 0;
+        for (int32_t size : sizes) rows += size;
+        for (int64_t tail : {0, 3}) {
+          products<float>(stream, MJK_F32, k, n, sizes, rows + tail);
+          products<uint16_t>(stream, MJK_BF16, k, n, sizes, rows + tail);
+        }
+      }
+      quantised(stream, k, n, 19, 21);
+      rows_ops<float>(stream, MJK_F32, 11, k);
+      rows_ops<uint16_t>(stream, MJK_BF16, 11, k);
+    }
+    products<uint16_t>(stream, MJK_BF16, 2100, 40, {5, 40}, 45);  // more of k than is packed at a time
+    products<float>(stream, MJK_F32, 400, 40, {5, 40}, 45);
+    products<uint16_t>(stream, MJK_BF16, 40, 48, {2100}, 2100);
+    mjk_pool_destroy(pool);
+  }
+  std::printf("%s: %d failures\n", mjk_isa(), failures);
+  return failures != 0;
+}
