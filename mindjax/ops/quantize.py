@@ -115,9 +115,9 @@ def dequantize(q: Quantized, dtype: Any = jnp.float32) -> Array:
 def quantized_matmul(x: Quantized, w: Quantized, *, dtype: Any = jnp.float32) -> Array:
     """x [rows, K] by w [outputs, K] transposed, both quantised: [rows, outputs] in `dtype`.
 
-    int8: the sum is an int32, then times x's scale, then times w's: the same bits everywhere. float8: products are
-    summed in float32 over 128 of K, each such sum times (x's scale times w's) is added to the result in float32, as
-    the kernels do; the order within 128 is the backend's.
+    int8: the sum is an int32, rounded to float32, times (x's scale times w's): the same bits everywhere. float8:
+    products are summed in float32 over 128 of K, each such sum times (x's scale times w's) is added to the result in
+    float32, as the kernels do; the order within 128 is the backend's.
 
     Raises:
       ValueError: for shapes that do not fit, or formats that do not go together.
@@ -132,7 +132,7 @@ def quantized_matmul(x: Quantized, w: Quantized, *, dtype: Any = jnp.float32) ->
     contracted = (((1,), (1,)), ((), ()))
     if integers[0]:
         total = lax.dot_general(x.values, w.values, contracted, preferred_element_type=jnp.int32)
-        return (total.astype(jnp.float32) * x.scales * w.scales.T).astype(dtype)
+        return (total.astype(jnp.float32) * (x.scales * w.scales.T)).astype(dtype)
 
     def blocks(q: Quantized) -> tuple[Array, Array]:
         """Values [blocks, rows, 128] and scales [blocks, rows or 1, 1], block by block of K."""

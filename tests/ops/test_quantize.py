@@ -157,6 +157,24 @@ def test_kernel_quantises_to_the_same_bits() -> None:
             assert_same_bits(run(x, "e4m3_1x128"), np.asarray(values), np.asarray(scales))
 
 
+def test_kernel_multiplies_alike() -> None:
+    """One group of the grouped products: int8 to the last bit, fp8 within the gates against float64."""
+    rng = np.random.default_rng(9)
+    for rows, outputs, k in ((5, 7, 33), (70, 200, 1100)):
+        x, w = (jnp.asarray(rng.normal(size=(n, k)), jnp.float32) for n in (rows, outputs))
+        sizes = jnp.asarray([rows], jnp.int32)
+        a, b = run(x, "int8_row"), run(w, "int8_row")
+        kernel = jax.jit(jax_binding.gmm_s8, static_argnames="dtype")
+        out = kernel(a.values, a.scales[:, 0], b.values[None], b.scales[None, :, 0], sizes, dtype=jnp.float32)
+        np.testing.assert_array_equal(out, quantized_matmul(a, b))
+        a, b = run(x, "e4m3_1x128"), run(w, "e4m3_128x128")
+        for dtype, gate in ((jnp.float32, 5e-4), (jnp.bfloat16, 3e-3)):
+            kernel = jax.jit(jax_binding.gmm_fp8, static_argnames="dtype")
+            out = kernel(a.values, a.scales, b.values[None], b.scales[None], sizes, dtype=dtype)
+            assert relative_error(out, float64(a) @ float64(b).T) < gate
+            assert relative_error(out, np.asarray(quantized_matmul(a, b), np.float64)) < gate
+
+
 # ---- products
 
 
@@ -165,7 +183,7 @@ def test_int8_product_is_exact() -> None:
     for rows, outputs, k in ((5, 7, 33), (64, 96, 2048)):
         x, w = (run(rng.normal(size=(n, k)).astype(np.float32), "int8_row") for n in (rows, outputs))
         total = np.asarray(x.values, np.int64) @ np.asarray(w.values, np.int64).T
-        want = total.astype(np.float32) * np.asarray(x.scales) * np.asarray(w.scales).T
+        want = total.astype(np.float32) * (np.asarray(x.scales) * np.asarray(w.scales).T)
         np.testing.assert_array_equal(jax.jit(quantized_matmul)(x, w), want)
     extreme = Quantized(jnp.full((1, 8192), -127, jnp.int8), jnp.ones((1, 1), jnp.float32), "int8_tensor")
     assert float(quantized_matmul(extreme, extreme)[0, 0]) == 127 * 127 * 8192  # beyond 2^24, where float32 has gaps
