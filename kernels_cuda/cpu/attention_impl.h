@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "launch_cpu.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace {
@@ -80,15 +81,29 @@ inline void copy_columns(const T* x, int64_t keys, int64_t dim, int64_t stride, 
       for (int64_t s = s0; s < least(keys, s0 + block); ++s) to[d * size + s] = to_float(x[s * stride + d]);
 }
 
+// Divides the thread's scratch memory; the first `zeroed` parts are cleared.
+template <int count>
+inline void carve(int zeroed, const int64_t (&sizes)[count], float* (&parts)[count]) {
+  int64_t total = 0;
+  for (int64_t size : sizes) total += round_up(size, 16);
+  float* memory = reinterpret_cast<float*>(mindjax::thread_scratch(total * sizeof(float)));
+  if (!memory) abort();
+  for (int i = 0; i < count; ++i) {
+    parts[i] = memory;
+    memory += round_up(sizes[i], 16);
+    if (i < zeroed) memset(parts[i], 0, sizes[i] * sizeof(float));
+  }
+}
+
 struct Segments {
-  const int32_t *query, *index;
-  Buffer<int32_t> key;  // padded with 0, which nobody attends to
+  const int32_t *query, *index, *key;
+  int64_t keys;
 
-  const int64_t keys;
-
-  Segments(const mjk_attention_shape& shape, const int32_t* q, const int32_t* kv, const int32_t* q_index, int64_t row)
-      : query(q + row * shape.queries), index(q_index), key(round_up(shape.keys, kStrip)), keys(shape.keys) {
-    memcpy(key.data, kv + row * shape.keys, shape.keys * sizeof(int32_t));
+  // `padded` holds zeros, which nobody attends to, for all keys up to a whole strip.
+  Segments(const mjk_attention_shape& shape, const int32_t* q, const int32_t* kv, const int32_t* q_index, int64_t row,
+           float* padded)
+      : query(q + row * shape.queries), index(q_index), key(reinterpret_cast<int32_t*>(padded)), keys(shape.keys) {
+    memcpy(padded, kv + row * shape.keys, shape.keys * sizeof(int32_t));
   }
 
   // The last key that query t may see, by its place.
@@ -137,13 +152,15 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
   const int64_t kv_start = row * shape.keys * kv_stride + head * dim;
-  const Segments segments(shape, q_segments, kv_segments, q_index, row);
   // Padded to whole register tiles.
   const int64_t size = round_up(shape.keys, kStrip), width = round_up(dim, kStrip), block = block_rows(shape);
-  Buffer<float> key_columns(dim * size), values(size * width);
-  copy_columns(k + kv_start, shape.keys, dim, kv_stride, size, key_columns.data);
-  copy_rows(v + kv_start, shape.keys, dim, kv_stride, width, values.data);
-  Buffer<float> queries(block * dim), scores(block * size), result(block * width), total(block);
+  float* parts[7];
+  carve(3, {size, dim * size, size * width, block * dim, block * size, block * width, block}, parts);
+  float *key_columns = parts[1], *values = parts[2], *queries = parts[3], *scores = parts[4], *result = parts[5],
+        *total = parts[6];
+  const Segments segments(shape, q_segments, kv_segments, q_index, row, parts[0]);
+  copy_columns(k + kv_start, shape.keys, dim, kv_stride, size, key_columns);
+  copy_rows(v + kv_start, shape.keys, dim, kv_stride, width, values);
   const float scale = 1.0f / sqrtf((float)dim);
   const vi lane = lanes();
   const vf nothing = splat(-INFINITY);
@@ -155,7 +172,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
       segments.range(t0, t0 + count, &first, &last);
       const T* from = q + (row * shape.queries + t0) * stride + h * dim;
       for (int64_t i = 0; i < count; ++i) copy_row(from + i * stride, dim, scale, &queries[i * dim]);
-      product(count, last - first, dim, queries.data, dim, 1, &key_columns[first], size, &scores[first], size,
+      product(count, last - first, dim, queries, dim, 1, &key_columns[first], size, &scores[first], size,
               false);
       for (int64_t i = 0; i < count; ++i) {
         float* line = &scores[i * size];
@@ -181,7 +198,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
         normaliser[(row * shape.heads + h) * shape.queries + t0 + i] =
             any ? top_score + logf(total[i]) : INFINITY;
       }
-      product(count, width, last - first, &scores[first], size, 1, &values[first * width], width, result.data,
+      product(count, width, last - first, &scores[first], size, 1, &values[first * width], width, result,
               width, false);
       T* to = out + (row * shape.queries + t0) * stride + h * dim;
       for (int64_t i = 0; i < count; ++i) write_row(&result[i * width], dim, sizeof(T) == 2 ? 1.0f : 1.0f / total[i], to + i * stride);
@@ -196,14 +213,18 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
   const int64_t kv_start = row * shape.keys * kv_stride + head * dim;
-  const Segments segments(shape, q_segments, kv_segments, q_index, row);
   const int64_t size = round_up(shape.keys, kStrip), width = round_up(dim, kStrip), block = block_rows(shape);
-  Buffer<float> keys(size * width), key_columns(dim * size), value_columns(dim * size);
-  copy_rows(k + kv_start, shape.keys, dim, kv_stride, width, keys.data);
-  copy_columns(k + kv_start, shape.keys, dim, kv_stride, size, key_columns.data);
-  copy_columns(v + kv_start, shape.keys, dim, kv_stride, size, value_columns.data);
-  Buffer<float> queries(block * width), gradients(block * width), weights(block * size), d_scores(block * size);
-  Buffer<float> result(block * width), d_keys(size * width), d_values(size * width);
+  float* parts[11];
+  carve(8,
+        {size, size * width, dim * size, dim * size, block * width, block * width, size * width, size * width,
+         block * size, block * size, block * width},
+        parts);
+  float *keys = parts[1], *key_columns = parts[2], *value_columns = parts[3], *queries = parts[4], *gradients = parts[5],
+        *d_keys = parts[6], *d_values = parts[7], *weights = parts[8], *d_scores = parts[9], *result = parts[10];
+  const Segments segments(shape, q_segments, kv_segments, q_index, row, parts[0]);
+  copy_rows(k + kv_start, shape.keys, dim, kv_stride, width, keys);
+  copy_columns(k + kv_start, shape.keys, dim, kv_stride, size, key_columns);
+  copy_columns(v + kv_start, shape.keys, dim, kv_stride, size, value_columns);
   const float scale = 1.0f / sqrtf((float)dim);
   const vi lane = lanes();
 
@@ -217,12 +238,11 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
         copy_row(q + start + i * stride, dim, scale, &queries[i * width]);
         copy_row(g + start + i * stride, dim, 1.0f, &gradients[i * width]);
       }
-      product(count, seen, dim, queries.data, width, 1, &key_columns[first], size, &weights[first], size, false);
-      product(count, seen, dim, gradients.data, width, 1, &value_columns[first], size, &d_scores[first], size,
+      product(count, seen, dim, queries, width, 1, &key_columns[first], size, &weights[first], size, false);
+      product(count, seen, dim, gradients, width, 1, &value_columns[first], size, &d_scores[first], size,
               false);
       for (int64_t i = 0; i < count; ++i) {
-        float inner = 0;
-        for (int64_t d = 0; d < dim; ++d) inner += gradients[i * width + d] * to_float(out[start + i * stride + d]);
+        const float inner = dot(&gradients[i * width], out + start + i * stride, dim);
         const float norm = normaliser[(row * shape.heads + h) * shape.queries + t0 + i];
         float *weight = &weights[i * size], *d_score = &d_scores[i * size];
         for (int64_t s = first; s < last; s += MJK_LANES) {
@@ -232,12 +252,12 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
           store(d_score + s, w * (load(d_score + s) - inner));
         }
       }
-      product(count, width, seen, &d_scores[first], size, 1, &keys[first * width], width, result.data, width,
+      product(count, width, seen, &d_scores[first], size, 1, &keys[first * width], width, result, width,
               false);
       for (int64_t i = 0; i < count; ++i) write_row(&result[i * width], dim, scale, dq + start + i * stride);
       // `queries` carry the scale already.
-      product(seen, width, count, &d_scores[first], 1, size, queries.data, width, &d_keys[first * width], width, true);
-      product(seen, width, count, &weights[first], 1, size, gradients.data, width, &d_values[first * width], width,
+      product(seen, width, count, &d_scores[first], 1, size, queries, width, &d_keys[first * width], width, true);
+      product(seen, width, count, &weights[first], 1, size, gradients, width, &d_values[first * width], width,
               true);
     }
   }

@@ -24,8 +24,9 @@ struct bf16 {
   uint16_t bits;
 };
 
-static inline vf splat(float x) { return vf{} + x; }
-static inline vi splat_int(int32_t x) { return vi{} + x; }
+// Less zero, not plus: that leaves -0 as it is, so the compiler leaves it out.
+static inline vf splat(float x) { return x - vf{}; }
+static inline vi splat_int(int32_t x) { return x - vi{}; }
 
 static inline vf load(const float* p) {
   vf v;
@@ -136,6 +137,16 @@ inline void copy_row(const T* from, int64_t size, float factor, float* to) {
   int64_t d = 0;
   for (; d + MJK_LANES <= size; d += MJK_LANES) store(to + d, load(from + d) * factor);
   for (; d < size; ++d) to[d] = to_float(from[d]) * factor;
+}
+
+template <class T>
+inline float dot(const float* a, const T* b, int64_t size) {
+  vf total = {};
+  int64_t d = 0;
+  for (; d + MJK_LANES <= size; d += MJK_LANES) total += load(a + d) * load(b + d);
+  float rest = sum(total);
+  for (; d < size; ++d) rest += a[d] * to_float(b[d]);
+  return rest;
 }
 
 template <class T>
