@@ -480,7 +480,7 @@ def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         parts = grad.float()[:, None] * share[..., None]
         d_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         d_x = d_x.index_add(0, rows.flatten(), parts.flatten(0, 1)).to(x.dtype)
-    if ctx.needs_input_grad[2]:
+    if weight is not None and ctx.needs_input_grad[2]:
         products = torch.einsum("tk,tck->tc", grad.float(), x[rows].float())
         d_weight = torch.where(there, products, 0)
     return d_x, None, d_weight
