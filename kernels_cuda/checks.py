@@ -63,7 +63,8 @@ def build(backend: str, folder: Path | None = None) -> tuple[Path, str]:
         return where, log.read_text()
     configure = ["cmake", "-S", str(PACKAGE), "-B", str(folder), "-DMINDJAX_CUDA=ON"]
     configure.append(f"-DPython3_EXECUTABLE={sys.executable}")
-    if shutil.which("ninja"):
+    configure.append(f"-DMINDJAX_CUTLASS={os.environ.get('MINDJAX_CUTLASS', '')}")
+    if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja"]
     compile_all = ["cmake", "--build", str(folder), "--target", target, "--clean-first", "--parallel", _jobs()]
     output = ""
@@ -85,7 +86,7 @@ def _digest() -> str:
     """Of everything that the build reads."""
     paths = [PACKAGE / "CMakeLists.txt", *(PACKAGE / "cuda").rglob("*"), *(PACKAGE / "bindings").glob("*")]
     paths += (PACKAGE / "include").glob("*")
-    digest = hashlib.sha256(sys.executable.encode())
+    digest = hashlib.sha256(f"{sys.executable} {os.environ.get('MINDJAX_CUTLASS')}".encode())
     for path in sorted(p for p in paths if p.is_file()):
         digest.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
     return digest.hexdigest()
@@ -183,7 +184,7 @@ def exported(path: Path) -> set[str]:
     output = subprocess.run(
         ["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True
     ).stdout
-    return {name for name in re.findall(r" T (mjk_\w+)", output) if not name.startswith("mjk_ffi_")}
+    return {name for name in re.findall(r" T (mjk_\w+)", output) if not re.match(r"mjk_ffi_|.*_cutlass$", name)}
 
 
 def symbol_problems(path: Path) -> list[str]:

@@ -6,9 +6,9 @@
 
 namespace mjk {
 
-// Markstein's theorem (IBM J. Res. Dev. 34(1), 1990): with r = RN(1 / d), q = RN(x r) and e = x - q d, which an fma gives
-// exactly, RN(q + e r) is the correctly rounded x / d, as long as nothing leaves the range of normal numbers. |x| <=
-// 448.001 d here; where d or x is so small that e could be subnormal, the division is done as one.
+// Markstein's theorem (IBM J. Res. Dev. 34(1), 1990): with r = RN(1 / d), q = RN(x r) and e = x - q d, which an fma
+// gives exactly, RN(q + e r) is the correctly rounded x / d, as long as nothing leaves the range of normal numbers. |x|
+// <= 448.001 d here; where d or x is so small that e could be subnormal, the division is done as one.
 struct Divisor {
   float value, reciprocal;
   bool plain;  // the theorem does not apply

@@ -8,9 +8,9 @@
 //       +-----------------------+ consumer 1                   empty[s]: every consumer warp has read it
 //
 //   Every block walks group_sizes itself (GroupTable) and takes tiles blockIdx.x, + gridDim.x, ... A tile begins at its
-//   group's first row, wherever that lies. Rows of the next group that a copy brings along are multiplied and not stored;
-//   a product of rows never mixes them. tgmm contracts over rows, so there they are zeroed in shared memory, on both sides
-//   (zero times NaN is NaN).
+//   group's first row, wherever that lies. Rows of the next group that a copy brings along are multiplied and not
+//   stored; a product of rows never mixes them. tgmm contracts over rows, so there they are zeroed in shared memory, on
+//   both sides (zero times NaN is NaN).
 #include "device.h"
 #include "status.h"
 #include "table.cuh"
@@ -28,7 +28,8 @@ struct Form {
   static constexpr int kBK = kLine / kElement;
   static constexpr bool kMnA = kProduct == Product::kTgmm;
   static constexpr bool kMnB = kProduct == Product::kTgmm || kProduct == Product::kGmm;
-  static constexpr int kARows = kConsumers == 1 ? 16 : 64;  // rows of one copy of A (K-major); fewer copies for fewer rows
+  static constexpr int kARows =
+      kConsumers == 1 ? 16 : 64;  // rows of one copy of A (K-major); fewer copies for fewer rows
   static constexpr int kABytes = kBM * kLine, kBBytes = kBN * kLine, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 196608 / kStageBytes;  // 192 KiB of the 227 that a block may have
   static constexpr int kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128;
@@ -143,7 +144,8 @@ __device__ __forceinline__ void store(const Problem& p, void* out, int64_t row, 
         quad_transpose(v, q, [](uint32_t x, int bit) { return __shfl_xor_sync(0xFFFFFFFFu, x, bit); });
         const int32_t column = n + 8 * (chunk + q);
         if (r < valid && column < p.columns) {
-          *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(out) + line + column) = make_uint4(v[0], v[1], v[2], v[3]);
+          *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(out) + line + column) =
+              make_uint4(v[0], v[1], v[2], v[3]);
         }
       }
     } else {
@@ -172,8 +174,8 @@ __device__ __forceinline__ void skip(Ring& ring, uint32_t& step, int32_t blocks)
 // bf16 and s8: the sums stay in the tensor cores' accumulators; one stage's products are in flight while the next one's
 // are issued.
 template <class F, class Accumulator>
-__device__ __forceinline__ void multiply(const Problem& p, const Tile& tile, Ring& ring, uint8_t* stages, uint32_t& step,
-                                         Accumulator (&acc)[F::kAccumulators]) {
+__device__ __forceinline__ void multiply(const Problem& p, const Tile& tile, Ring& ring, uint8_t* stages,
+                                         uint32_t& step, Accumulator (&acc)[F::kAccumulators]) {
   const int consumer = threadIdx.x / 128;
 #pragma unroll
   for (int i = 0; i < F::kAccumulators; ++i) acc[i] = 0;
@@ -210,8 +212,8 @@ __device__ __forceinline__ void multiply(const Problem& p, const Tile& tile, Rin
   if (blocks > 0 && threadIdx.x % 32 == 0) barrier_arrive(&ring.empty[(step - 1) % F::kStages]);
 }
 
-// e4m3: the sum over 128 of K is scaled and added to float32 registers, half of the columns at a time, since both halves'
-// sums and products do not fit. While one warpgroup adds, the other one's products keep the tensor cores busy.
+// e4m3: the sum over 128 of K is scaled and added to float32 registers, half of the columns at a time, since both
+// halves' sums and products do not fit. While one warpgroup adds, the other one's products keep the tensor cores busy.
 template <class F>
 __device__ __forceinline__ void multiply_scaled(const Problem& p, const Tile& tile, Ring& ring, uint8_t* stages,
                                                 uint32_t& step, float (&total)[F::kAccumulators]) {
@@ -230,7 +232,8 @@ __device__ __forceinline__ void multiply_scaled(const Problem& p, const Tile& ti
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const int32_t n_block = tile.n / 128 + side;
-    b_scale[side] = p.b_scale + (static_cast<int64_t>(tile.group) * n_blocks + (n_block < n_blocks ? n_block : 0)) * blocks;
+    b_scale[side] =
+        p.b_scale + (static_cast<int64_t>(tile.group) * n_blocks + (n_block < n_blocks ? n_block : 0)) * blocks;
   }
 #pragma unroll
   for (int i = 0; i < F::kAccumulators; ++i) total[i] = 0;
@@ -357,26 +360,29 @@ EncodeTiled encode_tiled() {
     cudaDriverEntryPointQueryResult found;
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(pointer) : nullptr;
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(pointer)
+                                                                        : nullptr;
   }();
   return function;
 }
 
 // A map of [depth, height, width] elements (depth 0: [height, width]) whose boxes are 128 bytes by `box_rows`.
-int encode(CUtensorMap* map, int element, const void* base, int64_t width, int64_t height, int64_t depth, int box_rows) {
+int encode(CUtensorMap* map, int element, const void* base, int64_t width, int64_t height, int64_t depth,
+           int box_rows) {
   const EncodeTiled function = encode_tiled();
   if (function == nullptr) return fail(MJK_UNSUPPORTED, "the driver has no cuTensorMapEncodeTiled");
   const cuuint64_t extents[3] = {cuuint64_t(width), cuuint64_t(height), cuuint64_t(depth)};
   const cuuint64_t strides[2] = {cuuint64_t(width * element), cuuint64_t(width * height * element)};
   const cuuint32_t box[3] = {cuuint32_t(kLine / element), cuuint32_t(box_rows), 1};
   const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result = function(
-      map, element == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, depth > 0 ? 3 : 2,
-      const_cast<void*>(base), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      function(map, element == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, depth > 0 ? 3 : 2,
+               const_cast<void*>(base), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return MJK_OK;
-  return fail(MJK_LAUNCH_FAILED, "cuTensorMapEncodeTiled of [%lld, %lld, %lld] returned %d", static_cast<long long>(depth),
-              static_cast<long long>(height), static_cast<long long>(width), static_cast<int>(result));
+  return fail(MJK_LAUNCH_FAILED, "cuTensorMapEncodeTiled of [%lld, %lld, %lld] returned %d",
+              static_cast<long long>(depth), static_cast<long long>(height), static_cast<long long>(width),
+              static_cast<int>(result));
 }
 
 template <class F>
@@ -397,13 +403,13 @@ int launch(void* stream, const Problem& p) {
   }
   if (status) return status;
   // At most one tile per group more than the rows need.
-  const int64_t down = F::kProduct == Product::kTgmm
-                           ? static_cast<int64_t>(p.groups) * ceil_div(p.inner, F::kBM)
-                           : ceil_div(p.rows, F::kBM) + static_cast<int64_t>(p.groups);
+  const int64_t down = F::kProduct == Product::kTgmm ? static_cast<int64_t>(p.groups) * ceil_div(p.inner, F::kBM)
+                                                     : ceil_div(p.rows, F::kBM) + static_cast<int64_t>(p.groups);
   const int64_t tiles = down * ceil_div(p.columns, F::kBN);
   const int blocks = static_cast<int>(tiles < device.multiprocessors ? tiles : device.multiprocessors);
   auto* kernel = &grouped_product<F>;
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, F::kSharedBytes);
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, F::kSharedBytes);
   if (error != cudaSuccess) return fail(MJK_LAUNCH_FAILED, "cudaFuncSetAttribute: %s", cudaGetErrorString(error));
   MJK_LAUNCH(kernel, blocks, F::kThreads, F::kSharedBytes, stream, a_map, b_map, p);
   return launched("grouped_product");

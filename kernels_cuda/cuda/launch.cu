@@ -44,7 +44,8 @@ int current_device(Device* device) {
   if (!error) error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, number);
   if (error != cudaSuccess) return fail(MJK_LAUNCH_FAILED, "no CUDA GPU is there: %s", cudaGetErrorString(error));
   if (major == 9 && minor == 0) return MJK_OK;
-  return fail(MJK_UNSUPPORTED, "these kernels are for compute capability 9.0 (H100, H200); this GPU is %d.%d", major, minor);
+  return fail(MJK_UNSUPPORTED, "these kernels are for compute capability 9.0 (H100, H200); this GPU is %d.%d", major,
+              minor);
 }
 
 int launched(const char* what) {
@@ -73,7 +74,9 @@ struct Call {
   void* out;
 };
 
-int grouped(void* stream, const Call& c, bool decode = false) {
+enum class By { kOurs, kDecode, kCutlass };
+
+int grouped(void* stream, const Call& c, By by = By::kOurs) {
   if (!is_float(c.out_dtype)) return fail(MJK_INVALID_ARGUMENT, "the output must be float32 or bfloat16");
   if (!counts_fit({c.rows, c.inner, c.columns, c.groups, c.groups_total, c.group_offset})) {
     return fail(MJK_INVALID_ARGUMENT, "rows, k, n and groups must be between 0 and 2^31 - 257");
@@ -112,7 +115,11 @@ int grouped(void* stream, const Call& c, bool decode = false) {
                         c.b_scale,
                         c.group_sizes,
                         c.out};
-  return tensor_cores_fit(problem) ? launch_tensor_cores(stream, problem, decode) : launch_simt(stream, problem);
+#ifdef MINDJAX_CUTLASS
+  if (by == By::kCutlass) return launch_cutlass(stream, problem);
+#endif
+  return tensor_cores_fit(problem) ? launch_tensor_cores(stream, problem, by == By::kDecode)
+                                   : launch_simt(stream, problem);
 }
 
 }  // namespace
@@ -127,11 +134,14 @@ const char* mjk_isa(void) { return "sm_90a"; }
 const char* mjk_last_error(void) { return last_error; }
 
 int mjk_gmm(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups,
-            int64_t groups_total, int64_t group_offset, const void* x, const void* w, const int32_t* group_sizes, void* out) {
+            int64_t groups_total, int64_t group_offset, const void* x, const void* w, const int32_t* group_sizes,
+            void* out) {
   if (!is_float(in_dtype)) return fail(MJK_INVALID_ARGUMENT, "gmm takes float32 or bfloat16");
   // At up to 16 rows a group the weights' bytes decide, and the form for few rows moves them with less beside.
-  return grouped(stream, {Product::kGmm, in_dtype, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w,
-                          nullptr, nullptr, group_sizes, out}, rows <= 16 * groups);
+  return grouped(stream,
+                 {Product::kGmm, in_dtype, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w, nullptr,
+                  nullptr, group_sizes, out},
+                 rows <= 16 * groups ? By::kDecode : By::kOurs);
 }
 
 int mjk_gmm_t(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups,
@@ -142,40 +152,43 @@ int mjk_gmm_t(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t row
                           nullptr, nullptr, group_sizes, out});
 }
 
-int mjk_tgmm(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int32_t accumulate, int64_t rows, int64_t k, int64_t n,
-             int64_t groups, int64_t groups_total, int64_t group_offset, const void* x, const void* g,
+int mjk_tgmm(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int32_t accumulate, int64_t rows, int64_t k,
+             int64_t n, int64_t groups, int64_t groups_total, int64_t group_offset, const void* x, const void* g,
              const int32_t* group_sizes, void* out) {
   if (!is_float(in_dtype)) return fail(MJK_INVALID_ARGUMENT, "tgmm takes float32 or bfloat16");
-  return grouped(stream, {Product::kTgmm, in_dtype, out_dtype, accumulate, rows, k, n, groups, groups_total, group_offset,
-                          x, g, nullptr, nullptr, group_sizes, out});
+  return grouped(stream, {Product::kTgmm, in_dtype, out_dtype, accumulate, rows, k, n, groups, groups_total,
+                          group_offset, x, g, nullptr, nullptr, group_sizes, out});
 }
 
 int mjk_gmm_decode(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n,
                    int64_t groups, int64_t groups_total, int64_t group_offset, const void* x, const void* w,
                    const int32_t* group_sizes, void* out) {
   if (in_dtype != MJK_BF16) return fail(MJK_INVALID_ARGUMENT, "gmm_decode takes bfloat16");
-  return grouped(stream, {Product::kGmm, in_dtype, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w,
-                          nullptr, nullptr, group_sizes, out}, true);
+  return grouped(stream,
+                 {Product::kGmm, in_dtype, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w, nullptr,
+                  nullptr, group_sizes, out},
+                 By::kDecode);
 }
 
-int mjk_gmm_fp8(void* stream, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups, int64_t groups_total,
-                int64_t group_offset, const void* x, const float* xs, const void* w, const float* ws,
-                const int32_t* group_sizes, void* out) {
-  return grouped(stream, {Product::kE4m3, MJK_E4M3, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w, xs,
+int mjk_gmm_fp8(void* stream, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups,
+                int64_t groups_total, int64_t group_offset, const void* x, const float* xs, const void* w,
+                const float* ws, const int32_t* group_sizes, void* out) {
+  return grouped(stream, {Product::kE4m3, MJK_E4M3, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w,
+                          xs, ws, group_sizes, out});
+}
+
+int mjk_gmm_s8(void* stream, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups,
+               int64_t groups_total, int64_t group_offset, const void* x, const float* xs, const void* w,
+               const float* ws, const int32_t* group_sizes, void* out) {
+  return grouped(stream, {Product::kS8, MJK_S8, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w, xs,
                           ws, group_sizes, out});
-}
-
-int mjk_gmm_s8(void* stream, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups, int64_t groups_total,
-               int64_t group_offset, const void* x, const float* xs, const void* w, const float* ws,
-               const int32_t* group_sizes, void* out) {
-  return grouped(stream, {Product::kS8, MJK_S8, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w, xs, ws,
-                          group_sizes, out});
 }
 
 int mjk_quantize_e4m3(void* stream, mjk_dtype in_dtype, int64_t rows, int64_t out_rows, int64_t k, const void* x,
                       const int32_t* index, void* out, float* scales) {
   if (!is_float(in_dtype)) return fail(MJK_INVALID_ARGUMENT, "quantize takes float32 or bfloat16");
-  if (!counts_fit({rows, out_rows, k})) return fail(MJK_INVALID_ARGUMENT, "rows and k must be between 0 and 2^31 - 257");
+  if (!counts_fit({rows, out_rows, k}))
+    return fail(MJK_INVALID_ARGUMENT, "rows and k must be between 0 and 2^31 - 257");
   if (index == nullptr && rows != out_rows) {
     return fail(MJK_INVALID_ARGUMENT, "without an index rows must equal out_rows");
   }
@@ -187,15 +200,16 @@ int mjk_quantize_e4m3(void* stream, mjk_dtype in_dtype, int64_t rows, int64_t ou
 
 int mjk_permute(void* stream, mjk_dtype dtype, int64_t rows, int64_t out_rows, int64_t k, const void* x,
                 const int32_t* index, void* out) {
-  if (!counts_fit({rows, out_rows, k})) return fail(MJK_INVALID_ARGUMENT, "rows and k must be between 0 and 2^31 - 257");
+  if (!counts_fit({rows, out_rows, k}))
+    return fail(MJK_INVALID_ARGUMENT, "rows and k must be between 0 and 2^31 - 257");
   if (out_rows * k == 0) return MJK_OK;
   Device device;
   if (const int status = current_device(&device)) return status;
   return permute_rows(stream, rows, out_rows, k * size_of(dtype), x, index, out);
 }
 
-int mjk_unpermute(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, int64_t choices, int64_t k, const void* x,
-                  const int32_t* index, const float* weight, void* out) {
+int mjk_unpermute(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, int64_t choices, int64_t k,
+                  const void* x, const int32_t* index, const float* weight, void* out) {
   if (!is_float(dtype)) return fail(MJK_INVALID_ARGUMENT, "unpermute takes float32 or bfloat16");
   if (!counts_fit({rows, tokens, choices, k})) {
     return fail(MJK_INVALID_ARGUMENT, "rows, tokens, choices and k must be between 0 and 2^31 - 257");
@@ -227,5 +241,35 @@ int mjk_swiglu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, 
   if (const int status = current_device(&device)) return status;
   return swiglu_grad_rows(stream, dtype, rows, width, gate_up, scale, d_out, d_gate_up, d_scale);
 }
+
+#ifdef MINDJAX_CUTLASS
+// mjk_gmm, mjk_gmm_t and mjk_tgmm by CUTLASS, to compare with; not part of launch.h.
+MJK_API int mjk_gmm_cutlass(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n,
+                            int64_t groups, int64_t groups_total, int64_t group_offset, const void* x, const void* w,
+                            const int32_t* group_sizes, void* out) {
+  return grouped(stream,
+                 {Product::kGmm, in_dtype, out_dtype, 0, rows, k, n, groups, groups_total, group_offset, x, w, nullptr,
+                  nullptr, group_sizes, out},
+                 By::kCutlass);
+}
+
+MJK_API int mjk_gmm_t_cutlass(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n,
+                              int64_t groups, int64_t groups_total, int64_t group_offset, const void* g, const void* w,
+                              const int32_t* group_sizes, void* out) {
+  return grouped(stream,
+                 {Product::kGmmT, in_dtype, out_dtype, 0, rows, n, k, groups, groups_total, group_offset, g, w, nullptr,
+                  nullptr, group_sizes, out},
+                 By::kCutlass);
+}
+
+MJK_API int mjk_tgmm_cutlass(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int32_t accumulate, int64_t rows,
+                             int64_t k, int64_t n, int64_t groups, int64_t groups_total, int64_t group_offset,
+                             const void* x, const void* g, const int32_t* group_sizes, void* out) {
+  return grouped(stream,
+                 {Product::kTgmm, in_dtype, out_dtype, accumulate, rows, k, n, groups, groups_total, group_offset, x, g,
+                  nullptr, nullptr, group_sizes, out},
+                 By::kCutlass);
+}
+#endif
 
 }  // extern "C"

@@ -51,9 +51,11 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ __forceinline__ void load_2d(const CUtensorMap* map, uint64_t* barrier, uint32_t to, int32_t c0, int32_t c1) {
+__device__ __forceinline__ void load_2d(const CUtensorMap* map, uint64_t* barrier, uint32_t to, int32_t c0,
+                                        int32_t c1) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
       : "memory");
 }
@@ -61,8 +63,8 @@ __device__ __forceinline__ void load_2d(const CUtensorMap* map, uint64_t* barrie
 __device__ __forceinline__ void load_3d(const CUtensorMap* map, uint64_t* barrier, uint32_t to, int32_t c0, int32_t c1,
                                         int32_t c2) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(to),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
@@ -107,18 +109,18 @@ __device__ __forceinline__ void pin(int32_t (&acc)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(acc[i])::"memory");
 }
 
-#define MJK_REGISTERS_64 \
+#define MJK_REGISTERS_64                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
   "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
   "%59, %60, %61, %62, %63"
-#define MJK_REGISTERS_128 \
+#define MJK_REGISTERS_128                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
   "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
   "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, " \
   "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, " \
-  "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
+  "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "   \
   "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MJK_ACC_8(how, d, i) \
   how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3]), how(d[i + 4]), how(d[i + 5]), how(d[i + 6]), how(d[i + 7])
@@ -132,7 +134,8 @@ template <bool kMnA, bool kMnB>
 __device__ __forceinline__ void mma_bf16(float (&acc)[128], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MJK_REGISTERS_128 "}, %128, %129, p, 1, 1, %130, %131;\n}"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MJK_REGISTERS_128
+      "}, %128, %129, p, 1, 1, %130, %131;\n}"
       : MJK_ACC_128("+f", acc)
       : "l"(a), "l"(b), "n"(kMnA ? 1 : 0), "n"(kMnB ? 1 : 0));
 }

@@ -14,7 +14,9 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 // Indices of packs and of blocks of 128 are 32-bit: a division of 64-bit ones costs as much as the rest of a thread.
 constexpr int64_t kMaxIndex = INT32_MAX - 1024;
 
-unsigned blocks_for(int64_t units, int64_t per_block) { return static_cast<unsigned>((units + per_block - 1) / per_block); }
+unsigned blocks_for(int64_t units, int64_t per_block) {
+  return static_cast<unsigned>((units + per_block - 1) / per_block);
+}
 
 __device__ __forceinline__ uint32_t warp_index() { return blockIdx.x * kWarps + threadIdx.x / 32; }
 __device__ __forceinline__ uint32_t thread_index() { return blockIdx.x * kThreads + threadIdx.x; }
@@ -52,8 +54,8 @@ __device__ __forceinline__ bool present(int32_t index, int64_t rows) { return in
 
 // A warp copies 4 x 32 packs of one row, the blockIdx.y-th part of it.
 template <class P>
-__global__ void __launch_bounds__(kThreads) permute(int64_t rows, int64_t out_rows, int64_t packs, const P* x,
-                                                    const int32_t* index, P* out) {
+__global__ void __launch_bounds__(kThreads)
+    permute(int64_t rows, int64_t out_rows, int64_t packs, const P* x, const int32_t* index, P* out) {
   const int64_t row = warp_index(), first = blockIdx.y * 128 + threadIdx.x % 32;
   if (row >= out_rows) return;
   const int32_t from = __ldg(index + row);
@@ -83,8 +85,8 @@ int launch_permute(void* stream, int64_t rows, int64_t out_rows, int64_t row_byt
 
 // kLanes threads hold one block of 128 elements, kWidth each.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) quantize(int64_t rows, int64_t out_rows, int64_t k, const T* x,
-                                                     const int32_t* index, uint8_t* out, float* scales) {
+__global__ void __launch_bounds__(kThreads)
+    quantize(int64_t rows, int64_t out_rows, int64_t k, const T* x, const int32_t* index, uint8_t* out, float* scales) {
   constexpr int kLanes = 128 / kWidth, kPerWarp = 32 / kLanes;
   static_assert(kLanes <= 32);
   const uint32_t blocks = (k + 127) / 128;
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(kThreads) quantize_any(int64_t rows, int64_t o
 }
 
 template <class T>
-int launch_quantize(void* stream, int64_t rows, int64_t out_rows, int64_t k, const void* x, const int32_t* index, void* out,
-                    float* scales) {
+int launch_quantize(void* stream, int64_t rows, int64_t out_rows, int64_t k, const void* x, const int32_t* index,
+                    void* out, float* scales) {
   constexpr int kWidth = 16 / sizeof(T);
   const int64_t blocks = out_rows * ((k + 127) / 128);
   if (blocks > kMaxIndex) return fail(MJK_UNSUPPORTED, "quantize takes at most 2^31 blocks of 128");
@@ -143,8 +145,8 @@ int launch_quantize(void* stream, int64_t rows, int64_t out_rows, int64_t k, con
   auto* to = static_cast<uint8_t*>(out);
   if (k % kWidth == 0 && aligned(x, 16) && aligned(out, kWidth)) {
     auto* kernel = &quantize<T, kWidth>;
-    MJK_LAUNCH(kernel, blocks_for(blocks * (128 / kWidth), kThreads), kThreads, 0, stream, rows, out_rows, k, from, index,
-               to, scales);
+    MJK_LAUNCH(kernel, blocks_for(blocks * (128 / kWidth), kThreads), kThreads, 0, stream, rows, out_rows, k, from,
+               index, to, scales);
   } else {
     MJK_LAUNCH(quantize_any<T>, blocks_for(blocks, kThreads), kThreads, 0, stream, rows, out_rows, k, from, index, to,
                scales);
@@ -157,8 +159,8 @@ int launch_quantize(void* stream, int64_t rows, int64_t out_rows, int64_t k, con
 // A warp gathers and adds 32 packs of one token's choices, four loads in flight: an absent choice loads row 0 and drops
 // it, since a branch would keep the loads apart.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) unpermute(int64_t rows, int64_t tokens, int64_t choices, int64_t k, const T* x,
-                                                      const int32_t* index, const float* weight, T* out) {
+__global__ void __launch_bounds__(kThreads) unpermute(int64_t rows, int64_t tokens, int64_t choices, int64_t k,
+                                                      const T* x, const int32_t* index, const float* weight, T* out) {
   const int64_t token = warp_index(), column = (blockIdx.y * 32 + threadIdx.x % 32) * kWidth;
   if (token >= tokens || column >= k) return;
   float sum[kWidth] = {};
@@ -181,7 +183,8 @@ int launch_unpermute(void* stream, int64_t rows, int64_t tokens, int64_t choices
                      const int32_t* index, const float* weight, void* out) {
   const dim3 grid(blocks_for(tokens, kWarps), blocks_for(k / kWidth, 32));
   auto* kernel = &unpermute<T, kWidth>;
-  MJK_LAUNCH(kernel, grid, kThreads, 0, stream, rows, tokens, choices, k, static_cast<const T*>(x), index, weight, static_cast<T*>(out));
+  MJK_LAUNCH(kernel, grid, kThreads, 0, stream, rows, tokens, choices, k, static_cast<const T*>(x), index, weight,
+             static_cast<T*>(out));
   return launched("unpermute");
 }
 
@@ -190,8 +193,8 @@ int launch_unpermute(void* stream, int64_t rows, int64_t tokens, int64_t choices
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) swiglu(int64_t rows, int64_t width, const T* gate_up, const float* scale,
-                                                   T* out) {
+__global__ void __launch_bounds__(kThreads)
+    swiglu(int64_t rows, int64_t width, const T* gate_up, const float* scale, T* out) {
   const uint32_t packs = width / kWidth, pack = thread_index();
   const int64_t row = pack / packs, column = pack % packs * kWidth;
   if (row >= rows) return;
@@ -206,8 +209,9 @@ __global__ void __launch_bounds__(kThreads) swiglu(int64_t rows, int64_t width, 
 
 // A warp per row, since the gradient of the row's scale sums over it.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) swiglu_grad(int64_t rows, int64_t width, const T* gate_up, const float* scale,
-                                                        const T* d_out, T* d_gate_up, float* d_scale) {
+__global__ void __launch_bounds__(kThreads)
+    swiglu_grad(int64_t rows, int64_t width, const T* gate_up, const float* scale, const T* d_out, T* d_gate_up,
+                float* d_scale) {
   const int64_t row = warp_index();
   if (row >= rows) return;
   const float factor = scale == nullptr ? 1.0f : __ldg(scale + row);
@@ -237,7 +241,8 @@ int launch_swiglu(void* stream, int64_t rows, int64_t width, const void* gate_up
   const int64_t packs = rows * (width / kWidth);
   if (packs > kMaxIndex) return fail(MJK_UNSUPPORTED, "swiglu takes at most 2^31 groups of %d elements", kWidth);
   auto* kernel = &swiglu<T, kWidth>;
-  MJK_LAUNCH(kernel, blocks_for(packs, kThreads), kThreads, 0, stream, rows, width, static_cast<const T*>(gate_up), scale, static_cast<T*>(out));
+  MJK_LAUNCH(kernel, blocks_for(packs, kThreads), kThreads, 0, stream, rows, width, static_cast<const T*>(gate_up),
+             scale, static_cast<T*>(out));
   return launched("swiglu");
 }
 
@@ -245,13 +250,14 @@ template <class T, int kWidth>
 int launch_swiglu_grad(void* stream, int64_t rows, int64_t width, const void* gate_up, const float* scale,
                        const void* d_out, void* d_gate_up, float* d_scale) {
   auto* kernel = &swiglu_grad<T, kWidth>;
-  MJK_LAUNCH(kernel, blocks_for(rows, kWarps), kThreads, 0, stream, rows, width, static_cast<const T*>(gate_up), scale, static_cast<const T*>(d_out), static_cast<T*>(d_gate_up), d_scale);
+  MJK_LAUNCH(kernel, blocks_for(rows, kWarps), kThreads, 0, stream, rows, width, static_cast<const T*>(gate_up), scale,
+             static_cast<const T*>(d_out), static_cast<T*>(d_gate_up), d_scale);
   return launched("swiglu_grad");
 }
 
 // Calls `f<T, width>()` of the dtype, with packs of 16 bytes where `wide`, else single elements.
-#define MJK_BY_TYPE(dtype, wide, f, ...)                                                                              \
-  ((dtype) == MJK_F32 ? ((wide) ? f<float, 4>(__VA_ARGS__) : f<float, 1>(__VA_ARGS__))                                \
+#define MJK_BY_TYPE(dtype, wide, f, ...)                                               \
+  ((dtype) == MJK_F32 ? ((wide) ? f<float, 4>(__VA_ARGS__) : f<float, 1>(__VA_ARGS__)) \
                       : ((wide) ? f<__nv_bfloat16, 8>(__VA_ARGS__) : f<__nv_bfloat16, 1>(__VA_ARGS__)))
 
 }  // namespace
@@ -270,8 +276,8 @@ int quantize_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t out_rows,
                           : launch_quantize<__nv_bfloat16>(stream, rows, out_rows, k, x, index, out, scales);
 }
 
-int unpermute_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, int64_t choices, int64_t k, const void* x,
-                   const int32_t* index, const float* weight, void* out) {
+int unpermute_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, int64_t choices, int64_t k,
+                   const void* x, const int32_t* index, const float* weight, void* out) {
   const bool wide = k * size_of(dtype) % 16 == 0 && aligned(x, 16) && aligned(out, 16);
   return MJK_BY_TYPE(dtype, wide, launch_unpermute, stream, rows, tokens, choices, k, x, index, weight, out);
 }
@@ -282,8 +288,8 @@ int swiglu_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, cons
   return MJK_BY_TYPE(dtype, wide, launch_swiglu, stream, rows, width, gate_up, scale, out);
 }
 
-int swiglu_grad_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up, const float* scale,
-                     const void* d_out, void* d_gate_up, float* d_scale) {
+int swiglu_grad_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up,
+                     const float* scale, const void* d_out, void* d_gate_up, float* d_scale) {
   const bool wide =
       width * size_of(dtype) % 16 == 0 && aligned(gate_up, 16) && aligned(d_out, 16) && aligned(d_gate_up, 16);
   return MJK_BY_TYPE(dtype, wide, launch_swiglu_grad, stream, rows, width, gate_up, scale, d_out, d_gate_up, d_scale);

@@ -1,5 +1,6 @@
 // Grouped products one multiply-add at a time: float32, and every shape that the tensor-core kernel's copies cannot
-// address (rows that are no multiple of 16 bytes). Right for every size; 64 x 64 tiles, 16 of the contraction at a time.
+// address (rows that are no multiple of 16 bytes). Right for every size; 64 x 64 tiles, 16 of the contraction at a
+// time.
 #include <type_traits>
 
 #include "device.h"
@@ -85,7 +86,8 @@ __global__ void __launch_bounds__(kThreads) simt_product(const __grid_constant__
         const int64_t column = tile.n + thread_column + j, at = (first + thread_row + i) * p.columns + column;
         float result = kScaled ? total[i][j] : static_cast<float>(sums[i][j]);
         if (p.product == Product::kS8) {
-          result *= p.a_scale[tile.row + thread_row + i] * p.b_scale[static_cast<int64_t>(tile.group) * p.columns + column];
+          result *=
+              p.a_scale[tile.row + thread_row + i] * p.b_scale[static_cast<int64_t>(tile.group) * p.columns + column];
         }
         if (p.out_dtype == MJK_BF16) {
           static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(result);

@@ -50,5 +50,7 @@ bool tensor_cores_fit(const Problem& problem);
 int launch_tensor_cores(void* stream, const Problem& problem, bool decode);
 // One multiply-add at a time, for every shape and dtype: float32, sizes that the copy engine cannot address.
 int launch_simt(void* stream, const Problem& problem);
+// The check: the same products by CUTLASS, where it is built.
+int launch_cutlass(void* stream, const Problem& problem);
 
 }  // namespace mjk

@@ -45,7 +45,8 @@ __device__ __forceinline__ void build_table(const Problem& p, GroupTable& table)
 }
 
 // Thread `thread` of `threads` zeroes its share of the rows of `out` before the first group and past the last.
-__device__ __forceinline__ void zero_outside(const Problem& p, const GroupTable& table, int64_t thread, int64_t threads) {
+__device__ __forceinline__ void zero_outside(const Problem& p, const GroupTable& table, int64_t thread,
+                                             int64_t threads) {
   const int64_t row_bytes = static_cast<int64_t>(p.columns) * (p.out_dtype == MJK_BF16 ? 2 : 4);
   uint8_t* out = static_cast<uint8_t*>(p.out);
   const int64_t begins[2] = {0, table.row[p.groups] * row_bytes};

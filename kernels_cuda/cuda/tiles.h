@@ -1,9 +1,9 @@
 // Arithmetic of the grouped products that a CPU can check: which tile is where, what shared memory holds, which
 // accumulator is which element. gmm.cu and simt.cu run it on the device; tiles_test.cc runs it against brute force.
 //
-// Sources: PTX ISA 9.0, sections "Asynchronous Warpgroup Level Matrix Shared Memory Layout" (swizzle, major-ness, matrix
-// descriptor), "Register Fragments and Shared Memory Matrix Layouts" of wgmma (accumulators) and "Tensor swizzling modes";
-// the same constants stand in CUTLASS's cute/atom/mma_traits_sm90_gmma.hpp (make_gmma_desc).
+// Sources: PTX ISA 9.0, sections "Asynchronous Warpgroup Level Matrix Shared Memory Layout" (swizzle, major-ness,
+// matrix descriptor), "Register Fragments and Shared Memory Matrix Layouts" of wgmma (accumulators) and "Tensor
+// swizzling modes"; the same constants stand in CUTLASS's cute/atom/mma_traits_sm90_gmma.hpp (make_gmma_desc).
 #pragma once
 #include <stdint.h>
 
@@ -96,10 +96,10 @@ MJK_HD Tile tgmm_tile(const GroupTable& table, int32_t inner, int32_t columns, i
 
 // ---- shared memory: lines of 128 bytes, eight of them an atom, whose 16-byte chunks are permuted
 
-constexpr int kLine = 128;                // bytes; the span of CU_TENSOR_MAP_SWIZZLE_128B
-constexpr int kAtom = 8 * kLine;          // the swizzle repeats; operands must begin at a multiple
-constexpr int kBox = 64 * kLine;          // 64 lines: 64 rows of a K-major operand, or 64 elements of K of an MN-major one
-constexpr int kMmaRows = 64;              // M of wgmma
+constexpr int kLine = 128;        // bytes; the span of CU_TENSOR_MAP_SWIZZLE_128B
+constexpr int kAtom = 8 * kLine;  // the swizzle repeats; operands must begin at a multiple
+constexpr int kBox = 64 * kLine;  // 64 lines: 64 rows of a K-major operand, or 64 elements of K of an MN-major one
+constexpr int kMmaRows = 64;      // M of wgmma
 constexpr int kDescriptorSwizzle128 = 1;  // bits 62-63 of the descriptor
 
 // Swizzle<3, 4, 3>: bits 4-6 of an address (the chunk) are xored with bits 7-9 (the line of the atom).
@@ -117,8 +117,9 @@ MJK_HD constexpr uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t 
 
 // The operand of one wgmma, 32 bytes of K deep (16 bf16, 32 bytes of e4m3 or s8): step `k` of the four in a stage, from
 // line or element `mn` of the operand on (a multiple of 64).
-//   K-major: a line is 128 bytes of K of one row; step k begins 32 k bytes into the line (the hardware swizzles the sum).
-//   MN-major (bf16 only): boxes of 64 elements of MN, a line is one element of K; step k begins 16 k lines further.
+//   K-major: a line is 128 bytes of K of one row; step k begins 32 k bytes into the line (the hardware swizzles the
+//   sum). MN-major (bf16 only): boxes of 64 elements of MN, a line is one element of K; step k begins 16 k lines
+//   further.
 MJK_HD constexpr uint64_t operand(bool mn_major, uint32_t base, int mn, int k) {
   return mn_major ? descriptor(base + mn / 64 * kBox + k * 16 * kLine, kBox, kAtom)
                   : descriptor(base + mn * kLine + k * 32, 16, kAtom);
@@ -130,10 +131,10 @@ MJK_HD constexpr uint64_t operand(bool mn_major, uint32_t base, int mn, int k) {
 MJK_HD constexpr int accumulator_row(int thread, int half) { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
 MJK_HD constexpr int accumulator_column(int thread, int chunk) { return 8 * chunk + 2 * (thread % 4); }
 
-// Four threads (a quad) hold four chunks of eight columns, each thread two columns of every chunk: in[j] of thread q are
-// columns 2 q, 2 q + 1 of chunk j. After the transpose thread q holds chunk q whole: v[i] are its columns 2 i, 2 i + 1.
-// Two rounds of exchange with the thread whose number differs in one bit; `exchange(value, bit)` returns the value that
-// thread q ^ bit passed.
+// Four threads (a quad) hold four chunks of eight columns, each thread two columns of every chunk: in[j] of thread q
+// are columns 2 q, 2 q + 1 of chunk j. After the transpose thread q holds chunk q whole: v[i] are its columns 2 i, 2 i
+// + 1. Two rounds of exchange with the thread whose number differs in one bit; `exchange(value, bit)` returns the value
+// that thread q ^ bit passed.
 template <class Exchange>
 MJK_HD void quad_transpose(uint32_t (&v)[4], int q, Exchange exchange) {
   for (int bit = 1; bit <= 2; bit *= 2) {

@@ -125,10 +125,9 @@ void copy_now(const Copy& copy) {
       const uint32_t to = swizzled(copy.to + line * 128 + i * map.element);
       if (to + map.element > kShared) stop("a copy past the end of shared memory");
       for (int64_t byte = 0; byte < map.element; ++byte) {
-        shared[to - 16 + byte] =
-            inside ? map.base[column * map.element + row * map.strides[0] +
-                              (map.rank == 3 ? copy.at[2] * map.strides[1] : 0) + byte]
-                   : 0;
+        shared[to - 16 + byte] = inside ? map.base[column * map.element + row * map.strides[0] +
+                                                   (map.rank == 3 ? copy.at[2] * map.strides[1] : 0) + byte]
+                                        : 0;
       }
     }
   }
@@ -304,7 +303,8 @@ CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void
   map.element = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 1;
   map.rank = rank;
   map.box_rows = box[1];
-  if (mode != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * map.element != 128 || box[1] > 256) return CUDA_ERROR_INVALID_VALUE;
+  if (mode != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * map.element != 128 || box[1] > 256)
+    return CUDA_ERROR_INVALID_VALUE;
   if (reinterpret_cast<uintptr_t>(base) % 16) return CUDA_ERROR_INVALID_VALUE;
   for (cuuint32_t i = 0; i < rank; ++i) {
     if (extents[i] == 0 || extents[i] > 1ull << 32 || steps[i] != 1) return CUDA_ERROR_INVALID_VALUE;
@@ -338,7 +338,8 @@ void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 }  // namespace mjk
 
-// The runtime's functions that the launchers call: a device of three multiprocessors, so that blocks take several tiles.
+// The runtime's functions that the launchers call: a device of three multiprocessors, so that blocks take several
+// tiles.
 extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
@@ -347,7 +348,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrMultiProcessorCount ? 3 : 0;
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return memset(to, value, bytes), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return memset(to, value, bytes), cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
   return value <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue;
 }

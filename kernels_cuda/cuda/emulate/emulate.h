@@ -1,10 +1,10 @@
 // Hopper on a CPU, as far as these kernels use it: every thread of a block is a fiber, blocks run one after another.
 //
-// What it checks: results, and the order of things. Copies and products happen at random moments between the earliest and
-// the latest that the PTX ISA allows, so that a stage released too early or an accumulator read too soon gives a wrong
-// result; a barrier that nobody completes is reported. Descriptors, swizzles and accumulators are decoded here from the
-// PTX ISA's tables and not with tiles.h, which encodes them. What it cannot check: the hardware's own reading of those
-// tables, fences between proxies, and speed.
+// What it checks: results, and the order of things. Copies and products happen at random moments between the earliest
+// and the latest that the PTX ISA allows, so that a stage released too early or an accumulator read too soon gives a
+// wrong result; a barrier that nobody completes is reported. Descriptors, swizzles and accumulators are decoded here
+// from the PTX ISA's tables and not with tiles.h, which encodes them. What it cannot check: the hardware's own reading
+// of those tables, fences between proxies, and speed.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
