@@ -134,13 +134,19 @@ def _pallas(product: str) -> Callable[..., Array]:
 def _choose(paths: dict[str, Callable[..., Array]], implementation: str, *operands: Array) -> Array:
     if implementation != "auto":
         return paths["library" if implementation in ("cpu", "cuda") else implementation](*operands)
-    return lax.platform_dependent(
-        *operands,
-        cpu=paths["library" if jax_binding.available("cpu") else "loop"],
-        cuda=paths["library" if jax_binding.available("cuda") else "ragged_dot"],
-        tpu=paths["pallas"],
-        default=paths["ragged_dot"],
-    )
+
+    # Neither the library, Pallas nor ragged_dot has a batched form.
+    @jax.custom_batching.sequential_vmap
+    def call(*operands: Array) -> Array:
+        return lax.platform_dependent(
+            *operands,
+            cpu=paths["library" if jax_binding.available("cpu") else "loop"],
+            cuda=paths["library" if jax_binding.available("cuda") else "ragged_dot"],
+            tpu=paths["pallas"],
+            default=paths["ragged_dot"],
+        )
+
+    return call(*operands)
 
 
 # ---- a loop over groups and tiles
