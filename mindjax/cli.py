@@ -132,6 +132,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add("bench", run_bench, "speed and memory beside the alternatives", add_help=False)  # it has options of its own
+    parity = add("parity", run_parity, "how far the model is from transformers and vLLM, layer by layer")
+    parity.add_argument("model_dir", nargs="?", default="random", metavar="MODEL_DIR", help="default: random, small")
+    parity.add_argument("--against", action="append", choices=("torch", "vllm"), help="default: torch; repeat for both")
+    parity.add_argument("--backend", choices=("cpu", "cuda"), default="cpu", help="where both sides run")
+    parity.add_argument("--model", action="append", choices=("dense", "moe"), help="which random one; default: both")
+    parity.add_argument(
+        "--dtype", action="append", choices=("float32", "bfloat16", "int8", "fp8"), help="default: all; repeat for some"
+    )
+    parity.add_argument("--json", action="store_true", help="the result as one JSON line, the last one")
+    parity.add_argument("--output", type=Path, metavar="DIR", help="write parity.json, parity.txt and heat maps there")
+    parity.epilog = "Exit status 1 where an error is past its bound."
     doctor = add("doctor", run_doctor, "what is installed, which devices, what is missing and how to get it")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
@@ -234,6 +245,13 @@ def run_bench(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     bench.main(rest)
     return 0
+
+
+def run_parity(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest, ["--against", "--backend", "--model", "--dtype", "--json", "--output"])
+    from mindjax.interop import parity_report
+
+    return parity_report.main(arguments)
 
 
 def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
