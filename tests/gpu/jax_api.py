@@ -80,3 +80,21 @@ def swiglu(gate_up: Tensor, scale: Tensor | None) -> Tensor:
 
 def swiglu_grad(gate_up: Tensor, d_out: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return _run("swiglu_grad", gate_up, d_out, scale)
+
+
+class Cutlass:
+    """The products by CUTLASS, bfloat16 in and out."""
+
+    @staticmethod
+    def gmm(x: Tensor, w: Tensor, sizes: Tensor, offset: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        return _run("gmm", x, w, sizes, group_offset=offset, by="cutlass")
+
+    @staticmethod
+    def gmm_t(x: Tensor, w: Tensor, sizes: Tensor, offset: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        return _run("gmm_t", x, w, sizes, group_offset=offset, by="cutlass")
+
+    @staticmethod
+    def tgmm(
+        x: Tensor, g: Tensor, sizes: Tensor, groups: int, offset: int = 0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return _run("tgmm", x, g, sizes, groups=groups, group_offset=offset, by="cutlass")

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kernels_cuda import torch_binding  # noqa: E402
+from kernels_cuda import library, torch_binding  # noqa: E402
 from tests.kernels import contract  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -249,3 +249,17 @@ def test_one_pass_agrees_with_torchs_grouped_product() -> None:
     theirs = torch._grouped_mm(x, w, offs=offsets)
     ours = torch_binding.gmm(x, w, contract.sizes_of(sizes, DEVICE))
     assert ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() < contract.BF16_ERROR
+
+
+def test_cutlass_agrees() -> None:
+    """The products by CUTLASS hold the same contract, in bfloat16."""
+    if not hasattr(library.load("cuda").handle, "mjk_ffi_gmm_cutlass"):
+        pytest.skip("CUTLASS is not built: MINDJAX_CUTLASS names the folder of its headers")
+    pytest.importorskip("jax")
+    from tests.gpu import jax_api
+
+    for case in CASES:
+        rows, sizes = CASES[case]
+        for name in ("gmm", "gmm_t"):
+            contract.check_gmm(jax_api.Cutlass, rows, 768, 2048, sizes, DEVICE, name=name)
+        contract.check_tgmm(jax_api.Cutlass, rows, 768, 2048, sizes, DEVICE)
