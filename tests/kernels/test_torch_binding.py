@@ -78,8 +78,11 @@ def test_opcheck() -> None:
         (torch_binding.swiglu, (gate_up, scale)),
         (torch_binding.swiglu_grad, (gate_up.detach(), torch.randn(ROWS, K), scale.detach())),
     ]
+    every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments)
+        # torch's own schema test multiplies its inputs and outputs, which it cannot in float8.
+        float8 = operator in (torch_binding.gmm_fp8, torch_binding.quantize_e4m3)
+        torch.library.opcheck(operator, arguments, test_utils=every[1:] if float8 else every)
 
 
 def test_gradients_of_the_product() -> None:
