@@ -98,6 +98,8 @@ def kernel_name(mangled: str) -> str:
     if product:
         form, consumers, columns = (int(group) for group in product.groups())
         return f"{PRODUCTS[form]} {64 * consumers}x{columns}"
+    if "cutlass" in mangled:
+        return "CUTLASS"
     names = "simt_product|quantize_any|quantize|unpermute|permute|swiglu_grad|swiglu"
     plain = re.search(rf"\d({names})I([a-z]|\d+[a-z_]+[0-9a-z_]*?\d?)(?:Li(\d)E)?EEv", mangled)
     if plain is None:

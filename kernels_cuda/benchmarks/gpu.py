@@ -130,11 +130,12 @@ class Run:
     failures: list[str] = field(default_factory=list)
 
     def time(
-        self, kernel: str, by: str, tokens: int, shape: str, call: Callable[[int], Any], *, flops: float, moved: float
-    ) -> None:
+        self, kernel: str, by: str, tokens: int, shape: str, call: Callable[[int], Any], *, flops: float,
+        moved: float, graph: bool = False,
+    ) -> None:  # fmt: skip
         """Times call(i), i a running number with which it can rotate its inputs; a failure is kept and shown."""
         try:
-            seconds = median_seconds(call, self.repeats)
+            seconds = (graph_seconds if graph else median_seconds)(call, self.repeats)
         except Exception as error:
             self.failures.append(f"{kernel} by {by}, {tokens} tokens, {shape}: {str(error).splitlines()[0][:200]}")
             return
@@ -162,6 +163,19 @@ def median_seconds(call: Callable[[int], Any], repeats: int) -> float:
         after.record()
     torch.cuda.synchronize()
     return statistics.median(before.elapsed_time(after) for before, after in events) / 1e3
+
+
+def graph_seconds(call: Callable[[int], Any], repeats: int, calls: int = 12) -> float:
+    """Of one launch in a CUDA graph of `calls`: for kernels that end before Python can launch the next one."""
+    import torch
+
+    call(0)  # modules load before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    return median_seconds(lambda i: graph.replay(), repeats) / calls
 
 
 def measure_ceilings(repeats: int) -> Ceilings:
@@ -306,7 +320,7 @@ def decode(run: Run, tokens: int) -> None:
         w = [torch.randn(EXPERTS, k, n, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         moved, flops = 2.0 * used * k * n + 2.0 * rows * (k + n), 2.0 * rows * k * n
         call = lambda i: ops.gmm_decode(x, w[i % 3], sizes)  # noqa: E731, B023
-        run.time("gmm_decode", OURS, tokens, f"{k}x{n}", call, flops=flops, moved=moved)
+        run.time("gmm_decode", OURS, tokens, f"{k}x{n}", call, flops=flops, moved=moved, graph=True)
 
 
 def rows(run: Run, tokens: int) -> None:
