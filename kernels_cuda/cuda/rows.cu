@@ -10,6 +10,7 @@ namespace mjk {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kRounds = 4;  // of quantize: blocks a thread has a share of
 
 // Indices of packs and of blocks of 128 are 32-bit: a division of 64-bit ones costs as much as the rest of a thread.
 constexpr int64_t kMaxIndex = INT32_MAX - 1024;
@@ -83,37 +84,48 @@ int launch_permute(void* stream, int64_t rows, int64_t out_rows, int64_t row_byt
 
 // ---- quantize
 
-// kLanes threads hold one block of 128 elements, kWidth each.
+// kLanes threads hold one block of 128 elements, kWidth each; a warp takes kRounds times as many blocks as it can hold,
+// with all their loads in flight before the first is used.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     quantize(int64_t rows, int64_t out_rows, int64_t k, const T* x, const int32_t* index, uint8_t* out, float* scales) {
   constexpr int kLanes = 128 / kWidth, kPerWarp = 32 / kLanes;
   static_assert(kLanes <= 32);
   const uint32_t blocks = (k + 127) / 128;
-  const uint32_t block = warp_index() * kPerWarp + threadIdx.x % 32 / kLanes;  // of all rows
-  const int64_t row = block / blocks, column = block % blocks * 128 + threadIdx.x % kLanes * kWidth;
-  float values[kWidth] = {};
-  const bool inside = row < out_rows && column < k;
-  if (inside) {
-    const int64_t from = index == nullptr ? row : __ldg(index + row);
-    if (from >= 0 && from < rows) read<T, kWidth>(x + from * k + column, values);
-  }
-  float largest = 0;
+  const uint32_t first = warp_index() * (kPerWarp * kRounds) + threadIdx.x % 32 / kLanes;  // block, of all rows
+  Pack<T, kWidth> loaded[kRounds];
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) largest = fmaxf(largest, fabsf(values[i]));
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
+  for (int round = 0; round < kRounds; ++round) {
+    loaded[round] = Pack<T, kWidth>{};
+    const uint32_t block = first + round * kPerWarp;
+    const int64_t row = block / blocks, column = block % blocks * 128 + threadIdx.x % kLanes * kWidth;
+    if (row < out_rows && column < k) {
+      const int64_t from = index == nullptr ? row : __ldg(index + row);
+      if (from >= 0 && from < rows) loaded[round] = *reinterpret_cast<const Pack<T, kWidth>*>(x + from * k + column);
+    }
   }
-  const Divisor scale(largest > 0 ? __fdiv_rn(largest, 448.0f) : 1.0f);
-  if (!inside) return;
-  Pack<uint8_t, kWidth> packed;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    packed.at[i] = __nv_cvt_float_to_fp8(scale.divide(values[i]), __NV_SATFINITE, __NV_E4M3);
+  for (int round = 0; round < kRounds; ++round) {
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) largest = fmaxf(largest, fabsf(static_cast<float>(loaded[round].at[i])));
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
+    }
+    const Divisor scale(largest > 0 ? __fdiv_rn(largest, 448.0f) : 1.0f);
+    const uint32_t block = first + round * kPerWarp;
+    const int64_t row = block / blocks, column = block % blocks * 128 + threadIdx.x % kLanes * kWidth;
+    if (row >= out_rows || column >= k) continue;
+    Pack<uint8_t, kWidth> packed;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const float quotient = scale.divide(static_cast<float>(loaded[round].at[i]));
+      packed.at[i] = __nv_cvt_float_to_fp8(quotient, __NV_SATFINITE, __NV_E4M3);
+    }
+    *reinterpret_cast<Pack<uint8_t, kWidth>*>(out + row * k + column) = packed;
+    if (threadIdx.x % kLanes == 0) scales[block] = scale.value;
   }
-  *reinterpret_cast<Pack<uint8_t, kWidth>*>(out + row * k + column) = packed;
-  if (threadIdx.x % kLanes == 0) scales[block] = scale.value;
 }
 
 // The whole of one block per thread, for rows that cannot be read in packs.
@@ -145,8 +157,8 @@ int launch_quantize(void* stream, int64_t rows, int64_t out_rows, int64_t k, con
   auto* to = static_cast<uint8_t*>(out);
   if (k % kWidth == 0 && aligned(x, 16) && aligned(out, kWidth)) {
     auto* kernel = &quantize<T, kWidth>;
-    MJK_LAUNCH(kernel, blocks_for(blocks * (128 / kWidth), kThreads), kThreads, 0, stream, rows, out_rows, k, from,
-               index, to, scales);
+    MJK_LAUNCH(kernel, blocks_for(blocks * (128 / kWidth), kThreads * kRounds), kThreads, 0, stream, rows, out_rows, k,
+               from, index, to, scales);
   } else {
     MJK_LAUNCH(quantize_any<T>, blocks_for(blocks, kThreads), kThreads, 0, stream, rows, out_rows, k, from, index, to,
                scales);
