@@ -16,6 +16,7 @@ Array = jax.Array
 TARGETS = (
     "attention",
     "attention_grad",
+    "decode_attention",
     "rms_norm",
     "rms_norm_grad",
     "layer_norm",
@@ -73,6 +74,26 @@ def attention_grad(
     return call(q, k, v, q_segment_ids, kv_segment_ids, q_index, out, normaliser, g)
 
 
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    prompt: tuple[Array, Array],
+    own: tuple[Array, Array],
+    segment_ids: Array,
+    layer: Array,
+    step: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    """(what q attends to, `own` with k and v at `step` of `layer`, in place); see mjk_decode_attention.
+
+    q [R, 1, H, D], k and v [R, 1, K, D]; `prompt` [L, P, K, S, D] each; `own` [L, P, N, K, C, D] each, which may hold
+    two-byte floats as integers.
+    """
+    call = _call("decode_attention", (_like(q), _like(own[0]), _like(own[1])), aliases={5: 1, 6: 2})
+    out, *own_after = call(q, k, v, *prompt, *own, segment_ids, layer, step)
+    return out, tuple(own_after)
+
+
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """[..., H] by scale [H]."""
     return _call("rms_norm", _like(x))(x, scale, eps=np.float32(eps))
@@ -117,8 +138,8 @@ def rope(x: Array, cos: Array, sin: Array, sign: float) -> Array:
     return _call("rope", _like(x))(x, cos, sin, sign=np.float32(sign))
 
 
-def _call(name: str, shapes: Any) -> Any:
-    return jax.ffi.ffi_call(f"mjk_{name}", shapes, vmap_method="sequential")
+def _call(name: str, shapes: Any, aliases: dict[int, int] | None = None) -> Any:
+    return jax.ffi.ffi_call(f"mjk_{name}", shapes, vmap_method="sequential", input_output_aliases=aliases)
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:

@@ -118,6 +118,25 @@ int mjk_attention_grad(void* stream, mjk_dtype dtype, const mjk_attention_shape*
   return MJK_OK;
 }
 
+int mjk_decode_attention(void* stream, mjk_dtype dtype, const mjk_decode_shape* shape, const void* q, const void* k,
+                         const void* v, const void* prompt_k, const void* prompt_v, void* own_k, void* own_v,
+                         const int32_t* segments, const int32_t* layer, const int32_t* step, void* out) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  if (shape->kv_heads < 1 || shape->heads % shape->kv_heads || *layer < 0 || *layer >= shape->layers || *step < 0 ||
+      *step >= shape->capacity)
+    return fail(MJK_INVALID_ARGUMENT, "decoding: layer %d of %lld, step %d of %lld, %lld heads on %lld", int(*layer),
+                (long long)shape->layers, int(*step), (long long)shape->capacity, (long long)shape->heads,
+                (long long)shape->kv_heads);
+  const int64_t work = shape->heads / shape->kv_heads * shape->dim * (shape->keys + *step + 1);
+  for_each_part(stream, shape->prompts * shape->samples * shape->kv_heads, 1, work,
+                [&](int64_t, int64_t first, int64_t last) {
+                  for (int64_t i = first; i < last; ++i)
+                    kernels->decode(*shape, q, k, v, prompt_k, prompt_v, own_k, own_v, segments, *layer, *step, out, i);
+                });
+  return MJK_OK;
+}
+
 int mjk_norm(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64_t size, float eps, const void* x,
              const void* scale, const void* bias, void* y) {
   const Fused* kernels = fused_for(dtype);

@@ -1,6 +1,7 @@
 // The table of one instruction set; see fused.h. Included once in each instruction set's file.
 #pragma once
 #include "attention_impl.h"
+#include "decode_impl.h"
 #include "fused.h"
 #include "norm_impl.h"
 
@@ -24,6 +25,12 @@ struct Typed {
                              int64_t task) {
     attention_grad_task(shape, in(q), in(k), in(v), q_segments, kv_segments, q_index, in(result), normaliser, in(g),
                         out(dq), out(dk), out(dv), task);
+  }
+  static void decode(const mjk_decode_shape& shape, const void* q, const void* k, const void* v, const void* prompt_k,
+                     const void* prompt_v, void* own_k, void* own_v, const int32_t* segments, int64_t layer, int64_t step,
+                     void* result, int64_t task) {
+    decode_task(shape, in(q), in(k), in(v), in(prompt_k), in(prompt_v), out(own_k), out(own_v), segments, layer, step,
+                out(result), task);
   }
   static void norm(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x, const void* scale,
                    const void* bias, void* y) {
@@ -54,7 +61,7 @@ struct Typed {
     rope_rows(first, last, heads, dim, sign, in(x), cosine, sine, out(y));
   }
   static constexpr Fused table() {
-    return {attention, attention_grad, norm, norm_grad, silu, silu_grad, gelu, gelu_grad, rope};
+    return {attention, attention_grad, decode, norm, norm_grad, silu, silu_grad, gelu, gelu_grad, rope};
   }
 };
 

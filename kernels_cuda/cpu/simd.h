@@ -78,16 +78,43 @@ static inline vf rounded(vf x, const bf16*) {
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
 
+// Halves are combined until four numbers are left: one at a time, each would wait for the one before.
+typedef float vf4 __attribute__((vector_size(16)));
+typedef float vf8 __attribute__((vector_size(32)));
+
+static inline float larger(float a, float b) { return a > b ? a : b; }
+static inline float sum(vf4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+static inline float largest(vf4 v) { return larger(larger(v[0], v[1]), larger(v[2], v[3])); }
+
+template <class Half, class Vector>
+static inline void halve(const Vector& v, Half* low, Half* high) {
+  memcpy(low, &v, sizeof(Half));
+  memcpy(high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
+}
+#if MJK_LANES >= 8
+static inline float sum(vf8 v) {
+  vf4 low, high;
+  halve(v, &low, &high);
+  return sum(low + high);
+}
+static inline float largest(vf8 v) {
+  vf4 low, high;
+  halve(v, &low, &high);
+  return largest(low > high ? low : high);
+}
+#endif
+#if MJK_LANES >= 16
 static inline float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < MJK_LANES; ++i) total += v[i];
-  return total;
+  vf8 low, high;
+  halve(v, &low, &high);
+  return sum(low + high);
 }
 static inline float largest(vf v) {
-  float top = v[0];
-  for (int i = 1; i < MJK_LANES; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+  vf8 low, high;
+  halve(v, &low, &high);
+  return largest(low > high ? low : high);
 }
+#endif
 
 // e^x within 2 units in the last place for x in [-87, 88]; 0 below, the value at 88 above.
 // 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of degree 6 (Cephes, expf).

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from kernels_cuda import jax_fused
 from mindjax.config import TextConfig
 from mindjax.ops.attention import MASKED
 from mindjax.ops.bits import from_bits, to_bits
+from mindjax.ops.dispatch import on_cpu
 
 Array = jax.Array
 
@@ -63,39 +67,62 @@ class Generated:
         start = (layer, 0, 0, 0, step, 0)
         shape = (1, *self.k.shape[1:4], 1, self.k.shape[5])
         return Generated(
-            jax.lax.dynamic_update_slice(self.k, to_bits(k.reshape(shape)), start),
-            jax.lax.dynamic_update_slice(self.v, to_bits(v.reshape(shape)), start),
+            lax.dynamic_update_slice(self.k, to_bits(k.reshape(shape)), start),
+            lax.dynamic_update_slice(self.v, to_bits(v.reshape(shape)), start),
         )
 
-    def layer(self, layer: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Keys and values of one layer, [P, N, K, C, D] in the dtype that was appended."""
-        k, v = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (self.k, self.v))
-        return from_bits(k, dtype), from_bits(v, dtype)
+
+def _layer(part: Array, layer: Array, dtype: jnp.dtype) -> Array:
+    """Keys or values of one layer, in the dtype that was appended."""
+    return from_bits(lax.dynamic_index_in_dim(to_bits(part), layer, keepdims=False), dtype)
 
 
 def decode_attention(
-    q: Array, prefix: tuple[Array, Array], generated: tuple[Array, Array], prefix_segment_ids: Array, step: Array
-) -> Array:
-    """One new token per row attends to its prompt and to what the row has generated, itself included.
-
-    The samples of a prompt read its keys together, one product for all, instead of N copies of them.
+    q: Array, k: Array, v: Array, prefix: Prefix, generated: Generated, layer: Array, step: Array
+) -> tuple[Array, Generated]:
+    """One new token per row enters the cache and attends to its prompt and to what the row has generated, with itself.
 
     Args:
       q: [P x N, 1, K x G, D].
+      k, v: [P x N, 1, K, D], of the new token.
+      prefix, generated: the whole cache; no layer of it is copied on a CPU.
+      layer, step: scalar int32, where the new token belongs.
+
+    Returns:
+      ([P x N, 1, K x G, D] in q's dtype, the cache with the new token in place); scores and softmax are float32.
+    """
+
+    def kernel(q: Array, k: Array, v: Array, prefix: Prefix, generated: Generated, *place: Array) -> Any:
+        old, own = (prefix.k, prefix.v), (generated.k, generated.v)
+        out, own = jax_fused.decode_attention(q, k, v, old, own, prefix.segment_ids, *place)
+        return out, Generated(*own)
+
+    def default(q: Array, k: Array, v: Array, prefix: Prefix, generated: Generated, *place: Array) -> Any:
+        generated = generated.append(*place, k, v)
+        layer, step = place
+        old = _layer(prefix.k, layer, k.dtype), _layer(prefix.v, layer, k.dtype)
+        own = _layer(generated.k, layer, k.dtype), _layer(generated.v, layer, k.dtype)
+        return _attend(q, old, own, prefix.segment_ids, step), generated
+
+    return on_cpu(kernel, default, q, k, v, prefix, generated, layer, step)
+
+
+def _attend(
+    q: Array, prefix: tuple[Array, Array], generated: tuple[Array, Array], prefix_segment_ids: Array, step: Array
+) -> Array:
+    """The samples of a prompt read its keys together, one product for all, instead of N copies of them.
+
+    Args:
       prefix: k, v of one layer, [P, K, S, D].
       generated: k, v of one layer, [P, N, K, C, D], valid up to and including `step`.
       prefix_segment_ids: [P, S], 0 is never attended to.
-      step: scalar int32.
-
-    Returns:
-      [P x N, 1, K x G, D] in q's dtype; scores and softmax are float32.
     """
     (pk, pv), (gk, gv) = prefix, generated
     prompts, kv_heads, length, dim = pk.shape
     samples, capacity = gk.shape[1], gk.shape[3]
     groups = q.shape[2] // kv_heads
     # HIGHEST: see `mindjax.ops.attention`, whose arithmetic this repeats on a cache.
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
     product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     q = q.reshape(prompts, samples, kv_heads, groups, dim)
     # All queries of a key/value head in one matrix, on the left: the other way round XLA's CPU backend has no bfloat16

@@ -340,21 +340,18 @@ def _decode_step(
     rope = text_rope(jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3)), config.text)
     segments = (~done).astype(jnp.int32)[:, None]  # finished rows are padding: no expert sees them
 
-    def block(carry: tuple[Array, Generated], layer: tuple[Params, Array, Array, Array]) -> Any:
+    def block(carry: tuple[Array, Generated], layer: tuple[Params, Array]) -> Any:
         x, cache = carry
-        p, number, pk, pv = layer
+        p, number = layer
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Generated]:
-            updated = cache.append(number, index, k, v)
-            own = updated.layer(number, k.dtype)
-            return decode_attention(q, (pk, pv), own, prefix.segment_ids, index), updated
+            return decode_attention(q, k, v, prefix, cache, number, index)
 
         x, _, cache = decoder_layer(p, x, rope, segments, config.text, attend)
         return (x, cache), None
 
     numbers = jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32)
-    layers = (params["text"]["layers"], numbers, prefix.k, prefix.v)
-    (x, generated), _ = scan_layers(block, (x, generated), layers)
+    (x, generated), _ = scan_layers(block, (x, generated), (params["text"]["layers"], numbers))
     return rms_norm(x[:, 0], params["text"]["norm"], config.text.rms_norm_eps), generated
 
 
