@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from mindjax.config import ModelConfig
 from mindjax.data.packing import collate_prompts
@@ -155,6 +156,7 @@ def open_case(folder: Path, name: str, *, pictures: Path, random: bool = False, 
     """
     if backend == "cuda" and not torch.cuda.is_available():
         raise ValueError("--backend cuda needs a GPU that torch sees; there is none here")
+    transformers_logging.disable_progress_bar()  # seconds of bars between the tables
     config, params = catalog.load(folder, dtype="float32")
     processor = Processor.from_pretrained(folder)
     conversations = _conversations(processor, pictures)

@@ -23,8 +23,13 @@ WITH_IMAGE, TEXT_ALONE = (0, 1), 2
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the program printed; the checkpoint "vision" is the old one with the new one's vision encoder."""
     folder = tmp_path_factory.mktemp(request.param)
+    prepare(folder, moe=request.param == "moe")
+    return run(folder)
+
+
+def prepare(folder: Path, *, moe: bool) -> None:
     for seed, name in enumerate(("old", "new")):
-        random_checkpoint(folder / f"{name}-hf", moe=request.param == "moe", seed=seed)
+        random_checkpoint(folder / f"{name}-hf", moe=moe, seed=seed)
         hf_weights.convert(folder / f"{name}-hf", folder / name)
     (config, old), (_, new) = (catalog.load(folder / name, dtype="float32") for name in ("old", "new"))
     hf_weights.convert(folder / "old-hf", folder / "vision")
@@ -42,7 +47,11 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         [{"role": "user", "content": " ".join(TEXTS * 5)}],
     ]
     (folder / "conversations.json").write_text(json.dumps(conversations))
-    done = subprocess.run([sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=600)
+
+
+def run(folder: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(PROGRAM), str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -85,6 +94,14 @@ def test_without_the_resets_old_computations_are_served(answers: dict[str, Any])
     cached prefixes are answered by a mixture of both models."""
     assert answers["vision stale"]["scored"] == answers["old"]["scored"]
     assert answers["prefix stale"]["cached"] != answers["new started"]["cached"]
+
+
+@pytest.mark.prove
+def test_workers_in_other_processes_are_updated_too(tmp_path: Path) -> None:
+    prepare(tmp_path, moe=True)
+    answers = run(tmp_path, "--processes")
+    assert answers["new updated"] == answers["new started"] != answers["old"]
+    assert answers["vision updated"] == answers["vision started"] != answers["old"]
 
 
 def test_wrong_parameters_are_refused_before_anything_changes(answers: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Run by test_vllm_update in a process of its own, for vLLM reads its environment when it is imported.
 
-`python vllm_update_program.py FOLDER`: FOLDER holds old, new and vision checkpoints and conversations.json. One engine
-starts on old, is updated, and is compared with engines that start on the others. Prints its answers as JSON.
+`python vllm_update_program.py FOLDER [--processes]`: FOLDER holds old, new and vision checkpoints and
+conversations.json. One engine starts on old, is updated, and is compared with engines that start on the others. Prints
+its answers as JSON.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from typing import Any
 
 from mindjax.interop import vllm as engines
 
+if "--processes" in sys.argv:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 for name, value in engines.ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-from mindjax.interop.vllm_update import reset_caches, update_weights  # noqa: E402
+from mindjax.interop.vllm_update import WORKER_EXTENSION, reset_caches, update_weights  # noqa: E402
 from mindjax.models import catalog  # noqa: E402
 
 NEW_TOKENS = 12
+START: dict[str, Any] = {"dtype": "float32", "enable_prefix_caching": True}
 
 
 def ask(llm: Any, conversations: list[Any]) -> dict[str, Any]:
@@ -32,10 +36,9 @@ def ask(llm: Any, conversations: list[Any]) -> dict[str, Any]:
 def main(folder: Path) -> None:
     conversations = json.loads((folder / "conversations.json").read_text())
     models = {name: catalog.load(folder / name, dtype="float32") for name in ("old", "new", "vision")}
-    start = {"dtype": "float32", "enable_prefix_caching": True}
     answers = {}
 
-    llm = engines.start(folder / "old", **start)
+    llm = engines.start(folder / "old", **START)
     answers["old"] = ask(llm, conversations)
     update_weights(llm, *models["new"])
     answers["new updated"] = ask(llm, conversations)
@@ -73,13 +76,31 @@ def main(folder: Path) -> None:
     answers["after mistakes"] = ask(llm, conversations)
     answers["mistakes"] = mistakes
     del llm, runner, reset, kept
+    print(json.dumps(answers | started(folder, conversations)))
+
+
+def started(folder: Path, conversations: list[Any]) -> dict[str, Any]:
+    """What engines that start on the weights answer."""
+    answers = {}
     for name in ("new", "vision"):
         engines.stop()
-        llm = engines.start(folder / name, **start)
+        llm = engines.start(folder / name, **START)
         answers[f"{name} started"] = ask(llm, conversations)
         del llm
-    print(json.dumps(answers))
+    return answers
+
+
+def in_processes(folder: Path) -> None:
+    """The updates alone, of an engine whose workers share no memory with this process."""
+    conversations = json.loads((folder / "conversations.json").read_text())
+    llm = engines.start(folder / "old", worker_extension_cls=WORKER_EXTENSION, **START)
+    answers = {"old": ask(llm, conversations)}
+    for name in ("new", "vision"):
+        update_weights(llm, *catalog.load(folder / name, dtype="float32"))
+        answers[f"{name} updated"] = ask(llm, conversations)
+    del llm
+    print(json.dumps(answers | started(folder, conversations)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (in_processes if "--processes" in sys.argv else main)(Path(sys.argv[1]))
