@@ -374,7 +374,8 @@ def cases(
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mindjax bench", description=__doc__)
-    parser.add_argument("commands", nargs="*", help=f"of {', '.join(COMMANDS)}; all by default")
+    commands = f"of {', '.join(COMMANDS)}; all by default; or grouped_matmul alone, with its own options"
+    parser.add_argument("commands", nargs="*", help=commands)
     parser.add_argument("--models", default="tiny,tiny-moe,100m", help="of the catalog, or 100m (default: %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=16, help="conversations per batch (default: %(default)s)")
@@ -389,6 +390,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmarks named on the command line and prints one table."""
+    if argv[:1] == ["grouped_matmul"]:
+        from mindjax import bench_grouped_matmul
+
+        return bench_grouped_matmul.main(argv[1:])
     arguments = parse(argv)
     commands = arguments.commands or list(COMMANDS)
     compared = cases(

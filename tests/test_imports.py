@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "mindjax.pipeline": LOOP | {"mindjax.experiment", "mindjax.sft", "mindjax.rl", "mindjax.dpo"},
     # The command line, and the comparison with other systems that it starts.
     "mindjax.bench": {"*"},
+    "mindjax.bench_grouped_matmul": {"*"},
     "mindjax.cli": {"*"},
 }
 # Third parties that only some units may import, and where they may do so only inside a function.

@@ -31,7 +31,7 @@ class Plan {
     const int64_t contracted = tgmm ? tallest : call.product == Product::kGmmT ? call.n : call.k;
     const bool few_rows = !tgmm && tallest <= kFewRows && call.product == Product::kGmm;
     // Few rows: the time is that of reading w, which is fastest in order, whole rows of it.
-    depth_ = few_rows ? 128 : kernels.depth;
+    depth_ = few_rows ? 256 : kernels.depth;
     block_n_ = even_blocks(width_, few_rows ? 2048 : kPackedBytes / (std::min(contracted, depth_) * kernels.packed + 1),
                            kernels.columns);
     block_m_ = even_blocks(height, contracted > depth_ ? 512 : 2048, kernels.rows);
@@ -100,7 +100,7 @@ class Plan {
   }
 
  private:
-  static constexpr int64_t kZeroRows = 256, kFewRows = 64, kPackedBytes = 1 << 20;
+  static constexpr int64_t kZeroRows = 256, kFewRows = 256, kPackedBytes = 1 << 20;
 
   static int64_t even_blocks(int64_t size, int64_t most, int64_t unit) {
     const int64_t parts = std::max<int64_t>(1, blocks(size, std::max(unit, most)));
