@@ -31,7 +31,8 @@ class Plan {
     const int64_t contracted = tgmm ? tallest : call.product == Product::kGmmT ? call.n : call.k;
     const bool few_rows = !tgmm && tallest <= kFewRows && call.product == Product::kGmm;
     // Few rows: the time is that of reading w, which is fastest in order, whole rows of it.
-    depth_ = few_rows ? 256 : kernels.depth;
+    // tgmm packs both sides: a shallower part is packed fewer times.
+    depth_ = few_rows ? 256 : tgmm ? std::min<int64_t>(kernels.depth, 1024) : kernels.depth;
     block_n_ = even_blocks(width_, few_rows ? 2048 : kPackedBytes / (std::min(contracted, depth_) * kernels.packed + 1),
                            kernels.columns);
     block_m_ = even_blocks(height, contracted > depth_ ? 512 : 2048, kernels.rows);
