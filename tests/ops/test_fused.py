@@ -1,0 +1,276 @@
+"""Operations with a CPU kernel of their own, by the kernel and by jnp, against torch in float64, gradients included."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels_cuda import jax_fused, library
+from mindjax.inference.cache import Generated, Prefix, decode_attention
+from mindjax.ops import activation, dispatch, norm, rotary
+from mindjax.ops.attention import attention
+from mindjax.ops.levels import add_level, put_level
+from mindjax.ops.matmul import matmul
+
+EPS = 1e-6
+# ||difference|| / ||reference||: float32 sums of some hundred terms, and tails of activations that cancel; bfloat16
+# rounds a few times by 2^-9.
+BOUNDS = {jnp.float32: 3e-6, jnp.bfloat16: 1e-2}
+dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
+
+
+@pytest.fixture(params=["kernel", "jnp"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "jnp":
+        monkeypatch.setattr(jax_fused, "usable", lambda: False)
+    elif not jax_fused.usable():
+        pytest.skip(library.load("cpu").problem)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def check(
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
+    inputs: Sequence[np.ndarray],
+    dtype: Any,
+) -> None:
+    """Value and gradients of all `inputs` under a random cotangent."""
+    arrays = [jnp.asarray(x, dtype) for x in inputs]
+    value, pull = jax.vjp(ours, *arrays)
+    cotangent = jnp.asarray(normal(99, *value.shape), dtype)
+    gradients = pull(cotangent)
+    tensors = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in arrays]
+    wanted = theirs(*tensors)
+    wanted.backward(torch.tensor(np.asarray(cotangent, np.float64)))
+    pairs = [(value, wanted.detach()), *((g, t.grad) for g, t in zip(gradients, tensors, strict=True))]
+    for place, (got, reference) in enumerate(pairs):
+        assert got.dtype == dtype
+        error = np.linalg.norm(np.asarray(got, np.float64) - reference.numpy()) / np.linalg.norm(reference.numpy())
+        assert error < BOUNDS[dtype], f"{'value' if not place else f'gradient {place}'}: {error:.2e}"
+
+
+@dtypes
+@pytest.mark.parametrize("size", [7, 24, 128, 200])
+def test_norms(size: int, dtype: Any) -> None:
+    x, scale, bias = normal(0, 3, 45, size) + 0.5, normal(1, size), normal(2, size)
+    check(lambda x, s: norm.rms_norm(x, s, EPS), lambda x, s: F.rms_norm(x, (size,), s, EPS), [x, scale], dtype)
+    theirs = lambda x, s, b: F.layer_norm(x, (size,), s, b, EPS)  # noqa: E731
+    check(lambda x, s, b: norm.layer_norm(x, s, b, EPS), theirs, [x, scale, bias], dtype)
+
+
+def test_rms_norm_rounds_before_the_scale() -> None:
+    """As published: in bfloat16 the normalised value is rounded, then the product again."""
+    x, scale = (jnp.asarray(normal(i, 64, 48)[: 64 if i else 1], jnp.bfloat16) for i in (1, 0))
+    wide = np.asarray(x, np.float64)
+    normalised = jnp.asarray(wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPS), jnp.bfloat16)
+    np.testing.assert_array_equal(norm.rms_norm(x, scale[0], EPS), normalised * scale)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [5, 96])
+def test_activations(size: int, dtype: Any) -> None:
+    # Wide, so that both tails are met.
+    x, y = 8 * normal(0, 4, 33, size), normal(1, 4, 33, size)
+    check(activation.silu_product, lambda x, y: F.silu(x) * y, [x, y], dtype)
+    if dtype == jnp.float32:
+        bias = normal(2, size)
+        check(activation.bias_gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), [x, bias], dtype)
+
+
+def test_bias_gelu_in_bfloat16() -> None:
+    """x + bias is rounded as a tensor of the model is: the reference starts from the rounded sum."""
+    x, bias, g = (jnp.asarray(normal(i, 40, 96), jnp.bfloat16) for i in range(3))
+    value, pull = jax.vjp(activation.bias_gelu, x, bias[0])
+    total = torch.tensor(np.asarray(x + bias[:1], np.float64), requires_grad=True)
+    F.gelu(total, approximate="tanh").backward(torch.tensor(np.asarray(g, np.float64)))
+    assert total.grad is not None
+    for got, wanted in zip(pull(g), (total.grad.numpy(), total.grad.numpy().sum(0)), strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - wanted) < 1e-2 * np.linalg.norm(wanted)
+    assert value.dtype == jnp.bfloat16
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [6, 64])
+def test_rotation(dim: int, dtype: Any) -> None:
+    x, angle = normal(0, 2, 9, 3, dim), normal(1, 2, 9, dim // 2)
+    cos, sin = np.cos(angle), np.sin(angle)
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        c, s = (torch.tensor(part.astype(np.float64))[:, :, None].repeat(1, 1, 1, 2) for part in (cos, sin))
+        first, second = x.chunk(2, dim=-1)
+        return x * c + torch.cat([-second, first], dim=-1) * s
+
+    check(lambda x: rotary.rotate(x, jnp.asarray(cos), jnp.asarray(sin)), theirs, [x], dtype)
+
+
+def segments(batch: int, length: int) -> np.ndarray:
+    """Several sequences a row, padding at the end; the last row is full."""
+    rng = np.random.default_rng(3)
+    rows = np.sort(rng.integers(0, 4, (batch, length)), axis=1)[:, ::-1]
+    rows[-1] = 1
+    return np.ascontiguousarray(rows, np.int32)
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
+@pytest.mark.parametrize(
+    "shape", [(2, 17, 4, 2, 24), (1, 200, 3, 1, 40), (3, 126, 4, 2, 64), (2, 1, 2, 2, 16)], ids=str
+)
+def test_attention(shape: tuple[int, ...], causal: bool, dtype: Any) -> None:
+    batch, length, heads, kv_heads, dim = shape
+    ids = segments(batch, length)
+    q, k, v = normal(0, batch, length, heads, dim), *(normal(i, batch, length, kv_heads, dim) for i in (1, 2))
+    real = torch.tensor(ids != 0)
+    allowed = torch.tensor(ids[:, :, None] == ids[:, None, :]) & real[:, None]
+    if causal:
+        allowed &= torch.ones(length, length, dtype=torch.bool).tril()
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out = attention(q, k, v, q_segment_ids=jnp.asarray(ids), kv_segment_ids=jnp.asarray(ids), causal=causal)
+        return jnp.where(jnp.asarray(ids)[:, :, None, None] != 0, out, 0)
+
+    def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # Rows of padding may see everything here; their answer is not compared.
+        mask = (allowed | ~real[:, :, None])[:, None]
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True)
+        return torch.where(real[:, :, None, None], out.transpose(1, 2), 0.0)
+
+    if length == 1:  # weights are 1, and the gradients of q and k zero: nothing to compare relatively
+        np.testing.assert_array_equal(ours(*(jnp.asarray(x, dtype) for x in (q, k, v))), jnp.asarray(v, dtype))
+    else:
+        check(ours, theirs, [q, k, v], dtype)
+
+
+@dtypes
+def test_garbage_in_padding_changes_nothing(dtype: Any) -> None:
+    ids = jnp.asarray([[1] * 20 + [0] * 13], jnp.int32)
+    q, k, v = (jnp.asarray(normal(i, 1, 33, 2, 32), dtype) for i in range(3))
+    run = lambda *xs: attention(*xs, q_segment_ids=ids, kv_segment_ids=ids, causal=True)[:, :20]  # noqa: E731
+    clean, pull = jax.vjp(run, q, k, v)
+    spoilt = [x.at[:, 20:].set(1e4) for x in (q, k, v)]
+    dirty, pull_dirty = jax.vjp(run, *spoilt)
+    np.testing.assert_array_equal(clean, dirty)
+    g = jnp.ones_like(clean)
+    for a, b in zip(pull(g), pull_dirty(g), strict=True):
+        np.testing.assert_array_equal(a[:, :20], b[:, :20])
+        assert not np.asarray(b[:, 20:], np.float32).any()
+
+
+@dtypes
+def test_decoding(dtype: Any) -> None:
+    """Three prompts of different length, two samples of each, in the middle of a cache of two layers."""
+    layers, prompts, samples, kv_heads, heads, dim, keys, capacity = 2, 3, 2, 2, 4, 24, 37, 16
+    rows, step, layer = prompts * samples, 5, 1
+    old = [jnp.asarray(normal(i, layers, prompts, kv_heads, keys, dim), dtype) for i in (0, 1)]
+    ids = np.zeros((prompts, keys), np.int32)
+    for prompt, length in enumerate((37, 20, 1)):
+        ids[prompt, :length] = 1
+
+    class Config:  # what `Generated.empty` reads
+        num_hidden_layers, num_key_value_heads, head_dim = layers, kv_heads, dim
+
+    cache = Generated.empty(Config, prompts, samples, capacity, dtype)  # type: ignore[arg-type]
+    history = [jnp.asarray(normal(i, rows, step + 1, kv_heads, dim), dtype) for i in (2, 3)]
+    for place in range(step):
+        cache = cache.append(jnp.int32(layer), jnp.int32(place), *(part[:, place : place + 1] for part in history))
+    q = jnp.asarray(normal(4, rows, 1, heads, dim), dtype)
+    new = [part[:, step:] for part in history]
+    decode = jax.jit(lambda q, k, v, cache: decode_attention(
+        q, k, v, Prefix(*old, jnp.asarray(ids)), cache, jnp.int32(layer), jnp.int32(step)))  # fmt: skip
+    out, after = decode(q, *new, cache)
+
+    wanted_cache = cache.append(jnp.int32(layer), jnp.int32(step), *new)
+    np.testing.assert_array_equal(after.k, wanted_cache.k)
+    np.testing.assert_array_equal(after.v, wanted_cache.v)
+    for row in range(rows):
+        seen = int(ids[row // samples].sum())
+        for head in range(heads):
+            k, v = (
+                np.concatenate(
+                    [np.asarray(o[layer, row // samples, head // 2, :seen]), np.asarray(h[row, :, head // 2])]
+                )
+                for o, h in zip(old, history, strict=True)
+            )
+            scores = np.asarray(q[row, 0, head], np.float64) @ k.astype(np.float64).T / np.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            wanted = weights / weights.sum() @ v.astype(np.float64)
+            error = np.linalg.norm(np.asarray(out[row, 0, head], np.float64) - wanted) / np.linalg.norm(wanted)
+            assert error < BOUNDS[dtype]
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2, 63, 130, 65), (512, 128, 96)], ids=str)
+def test_dense_product(shape: tuple[int, ...], dtype: Any) -> None:
+    *lead, k, n = shape
+    check(matmul, lambda x, w: x @ w, [normal(0, *lead, k), normal(1, k, n)], dtype)
+
+
+def test_levels() -> None:
+    """Against plain indexing, whose gradient JAX derives."""
+    stack, x, where = (
+        jnp.asarray(normal(0, 3, 2, 5, 4)),
+        jnp.asarray(normal(1, 2, 5, 4)),
+        jnp.asarray(normal(2, 2, 5, 1)) > 0,
+    )
+    plain_put = lambda stack, x, level: jnp.where((jnp.arange(3) == level)[:, None, None, None], x[None], stack)  # noqa: E731
+    for level in (-1, 0, 2):
+        got, pull = jax.vjp(lambda s, x, level=level: put_level(s, x, jnp.int32(level)), stack, x)
+        wanted, plain = jax.vjp(lambda s, x, level=level: plain_put(s, x, level), stack, x)
+        np.testing.assert_array_equal(got, wanted)
+        jax.tree.map(np.testing.assert_array_equal, pull(stack), plain(stack))
+    for level in (0, 2, 3):
+
+        def plain_add(x: jax.Array, s: jax.Array, level: int = level) -> tuple[jax.Array, jax.Array]:
+            return (x + jnp.where(where, s[level], 0) if level < 3 else x), s
+
+        got, pull = jax.vjp(lambda x, s, level=level: add_level(x, s, where, jnp.int32(level)), x, stack)
+        wanted, plain = jax.vjp(plain_add, x, stack)
+        jax.tree.map(np.testing.assert_array_equal, (got, pull((x, stack))), (wanted, plain((x, stack))))
+
+
+def test_a_mesh_of_cpu_devices_takes_the_jnp_path(path: str) -> None:
+    """XLA cannot divide a foreign call: with several devices the same operation must not contain one."""
+    if path == "jnp":
+        return
+    program = (
+        "import jax, jax.numpy as jnp; from mindjax.ops.norm import rms_norm; x = jnp.ones((4, 8));"
+        "text = jax.jit(lambda x: rms_norm(x, x[0], 1e-6)).lower(x).as_text(); print('custom_call' in text)"
+    )
+    for devices, wanted in ((1, "True"), (2, "False")):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        ran = subprocess.run([sys.executable, "-c", program], env=os.environ | {"XLA_FLAGS": flags}, text=True,
+                             capture_output=True, check=True)  # fmt: skip
+        assert ran.stdout.strip() == wanted
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_lower_instruction_sets(isa: str, path: str) -> None:
+    """The tests above, in a process whose library may use no more than that."""
+    if path == "jnp" or os.environ.get("MINDJAX_CPU_ISA"):
+        return
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "kernel and not isa", __file__],
+        env=os.environ | {"MINDJAX_CPU_ISA": isa}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+def test_dispatch_is_decided_by_the_library(path: str) -> None:
+    out = dispatch.on_cpu(lambda x: x + 1, lambda x: x - 1, jnp.zeros(()))
+    assert float(out) == (1 if path == "kernel" else -1)
