@@ -18,8 +18,8 @@ All errors but max and mean are ||difference|| / ||reference||.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,78 +37,28 @@ from mindjax.data.render import Rendered, render
 from mindjax.inference.sampler import SamplingConfig, generate
 from mindjax.interop import layerwise, torch_trace
 from mindjax.interop.layerwise import Trace
+from mindjax.interop.parity_8bit import EIGHT_BITS, products, quantize_projections, with_weights
+from mindjax.interop.parity_rows import (
+    FLOAT32,
+    LOGITS,
+    ROUNDINGS,
+    TIER_3,
+    TIER_4,
+    Bound,
+    Report,
+    Row,
+    kl,
+    log_softmax,
+    relative,
+    same_experts,
+)
 from mindjax.interop.random_checkpoint import TEXTS
 from mindjax.interop.torch_baseline import model_inputs
 from mindjax.models import catalog, hf_weights
-from mindjax.ops.quantize import Quantized, dequantize, quantize, quantized_matmul
 
 DTYPES = ("float32", "bfloat16", "int8", "fp8")
-# Formats of (activations, weights).
-EIGHT_BITS = {"int8": ("int8_row", "int8_row"), "fp8": ("e4m3_1x128", "e4m3_128x128")}
-
-FLOAT32, LOGITS, TIER_1, TIER_2, CALC_DIFF, TIER_3, ROUNDINGS, TIER_4 = 1e-5, 1e-4, 5e-4, 4.5e-2, 1e-3, 3e-3, 1.5, 3e-3
 
 Params = dict[str, Any]
-_quantize = jax.jit(quantize, static_argnums=1)
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A limit of one of a row's metrics, and where it comes from."""
-
-    metric: str
-    limit: float
-    source: str
-    at_least: bool = False
-
-    def holds(self, metrics: Mapping[str, float]) -> bool:
-        value = metrics[self.metric]
-        return bool(value >= self.limit if self.at_least else value <= self.limit)  # NaN holds nothing
-
-
-@dataclass(frozen=True)
-class Row:
-    """One operation, product or comparison of whole answers; without bounds it is told and not judged."""
-
-    where: str
-    metrics: dict[str, float]
-    bounds: tuple[Bound, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        return all(bound.holds(self.metrics) for bound in self.bounds)
-
-
-@dataclass(frozen=True)
-class Report:
-    """One model in one precision against one implementation.
-
-    Attributes:
-      layers: operations in the order in which they run, then 8-bit products.
-      ends: whole answers.
-    """
-
-    model: str
-    dtype: str
-    against: str
-    layers: list[Row] = field(default_factory=list)
-    ends: list[Row] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return all(row.passed for row in (*self.layers, *self.ends))
-
-    @property
-    def first_departure(self) -> str | None:
-        """The first row past its bound, in the order in which the model runs."""
-        return next((row.where for row in (*self.layers, *self.ends) if not row.passed), None)
-
-    def as_dict(self) -> dict[str, Any]:
-        rows = {
-            name: [{**asdict(row), "passed": row.passed} for row in getattr(self, name)] for name in ("layers", "ends")
-        }
-        head = {"model": self.model, "dtype": self.dtype, "against": self.against}
-        return {**head, "passed": self.passed, "first_departure": self.first_departure, **rows}
 
 
 @dataclass(frozen=True)
@@ -228,7 +178,7 @@ def against_torch(case: Case, dtype: str, *, params: Params | None = None) -> Re
     for name in alone.outputs:
         report.layers.append(_operation(name, dtype, own, alone, their, alone_truth, truth))
     if dtype in EIGHT_BITS:
-        report.layers.extend(_products(case, params=params, trace=their, dtype=dtype))
+        report.layers.extend(products(case, their, dtype))
     report.ends.extend(_ends(case, dtype, logits, own, their, truth))
     if dtype in EIGHT_BITS:
         metrics = {"kl": float(np.mean(kl(case.trainer.outputs["head"], logits)))}
@@ -242,8 +192,8 @@ def _operation(name: str, dtype: str, own: Trace, alone: Trace, their: Trace, al
     metrics: dict[str, float] = {}
     layer = int(name.split(".")[1]) if name.startswith("text.") and name.endswith(".mlp") else -1
     if layer in alone.choices:
-        metrics["experts"] = _same_experts(own.choices[layer], their.choices[layer])
-        metrics["experts_alone"] = _same_experts(alone.choices[layer], their.choices[layer])
+        metrics["experts"] = same_experts(own.choices[layer], their.choices[layer])
+        metrics["experts_alone"] = same_experts(alone.choices[layer], their.choices[layer])
         # Where a near tie falls the other way, the answers differ for that and not for the product's sake.
         choices = [np.sort(x.choices[layer], -1) for x in (alone, their, alone_truth)]
         same = (choices[0] == choices[1]).all(-1) & (choices[0] == choices[2]).all(-1)
@@ -287,7 +237,7 @@ def _ends(case: Case, dtype: str, logits: np.ndarray, own: Trace, their: Trace, 
         Row("greedy", {"share": same}, (Bound("share", 1.0, "float32", at_least=True),) * exact),
     ]
     if own.choices:
-        shares = [_same_experts(own.choices[layer], their.choices[layer]) for layer in own.choices]
+        shares = [same_experts(own.choices[layer], their.choices[layer]) for layer in own.choices]
         rows.append(Row("experts", {"share": float(np.mean(shares))}))
         # Of the walk, whose choices are known; the model itself is compiled as one and may round a near tie otherwise.
         alike = _routed_alike(case, own, their)
@@ -305,106 +255,6 @@ def _routed_alike(case: Case, own: Trace, their: Trace) -> np.ndarray:
         same &= (np.sort(choices, -1) == np.sort(their.choices[layer], -1)).all(-1)
     ends = np.cumsum([len(rendered.tokens) for rendered in case.rendered])[:-1]
     return np.concatenate([np.logical_and.accumulate(row) for row in np.split(same, ends)])
-
-
-# ---- 8 bits
-
-
-def quantize_projections(params: Params, format: str) -> dict[str, Quantized]:
-    """Every projection of the language model, [layers, (experts,) outputs, K], by its name in a layer."""
-    layers = params["text"]["layers"]
-    names = [name for name in torch_trace.PROJECTIONS if name.split(".")[0] in layers]
-    return {name: _quantize(_leaf(layers, name).swapaxes(-1, -2), format) for name in names}
-
-
-def with_weights(params: Params, quantized: Mapping[str, Quantized]) -> Params:
-    """The parameters with value * scale in place of the projections, float32."""
-    layers = {key: dict(value) if isinstance(value, dict) else value for key, value in params["text"]["layers"].items()}
-    for name, q in quantized.items():
-        branch, leaf = name.split(".")
-        layers[branch][leaf] = dequantize(q).swapaxes(-1, -2)
-    return {**params, "text": {**params["text"], "layers": layers}}
-
-
-def _leaf(layers: Params, name: str) -> jax.Array:
-    branch, leaf = name.split(".")
-    return layers[branch][leaf]
-
-
-def _products(case: Case, *, params: Params, trace: Trace, dtype: str) -> list[Row]:
-    """The products that read the stream, activations and weights quantised, by us and by torch from the start.
-
-    An expert's product has the rows that chose it.
-    """
-    formats = EIGHT_BITS[dtype]
-    multiply = jax.jit(
-        lambda x, w: quantized_matmul(quantize(x, formats[0]), quantize(w, formats[1]), dtype=jnp.float32)
-    )
-    rows = []
-    layers = case.params["text"]["layers"]
-    for i in range(case.config.text.num_hidden_layers):
-        for name in torch_trace.PROJECTIONS:
-            branch, leaf = name.split(".")
-            if branch not in layers or leaf in ("o", "down"):
-                continue  # these read what stands inside an operation
-            norm = "input_norm" if branch == "attn" else "post_attention_norm"
-            stream = trace.inputs[f"text.{i}.{'attention' if branch == 'attn' else 'mlp'}"].astype(np.float32)
-            x = stream / np.sqrt((stream**2).mean(-1, keepdims=True) + case.config.text.rms_norm_eps)
-            x = np.asarray(jnp.asarray(x * np.asarray(layers[norm][i]), jnp.bfloat16).astype(jnp.float32))
-            w = np.asarray(_leaf(layers, name)[i].swapaxes(-1, -2), np.float32)
-            everyone = np.ones(len(x), bool)
-            pairs = [(everyone, w)] if w.ndim == 2 else _by_expert(w, trace.choices[i])
-            # All rows, so that one shape is compiled; each row is quantised by itself.
-            ours = [np.asarray(multiply(jnp.asarray(x), jnp.asarray(w)))[rows] for rows, w in pairs]
-            same = [torch_trace.quantized_product(x[rows], w, formats) for rows, w in pairs]
-            exact = [x[rows].astype(np.float64) @ w.astype(np.float64).T for rows, w in pairs]
-            a, b, c = (np.concatenate([part.reshape(-1) for part in parts]) for parts in (ours, same, exact))
-            metrics = {"same_values": relative(a, b), "unquantised": relative(a, c), "calc_diff": calc_diff(a, c)}
-            bounds = (
-                Bound("same_values", TIER_1, "tier 1"),
-                Bound("unquantised", TIER_2, "tier 2"),
-                Bound("calc_diff", CALC_DIFF, "tier 2"),
-            )
-            rows.append(Row(f"product.{i}.{name}", metrics, bounds))
-    return rows
-
-
-def _by_expert(w: np.ndarray, choices: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(which tokens chose it, its matrix) of each expert that somebody chose."""
-    chosen = [(choices == expert).any(-1) for expert in range(len(w))]
-    return [(rows, w[expert]) for expert, rows in enumerate(chosen) if rows.any()]
-
-
-# ---- numbers
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """||a - b|| / ||b|| in float64; 0 where both are nothing."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    size = np.linalg.norm(b)
-    return float(np.linalg.norm(a - b) / size) if size else float(np.linalg.norm(a))
-
-
-def calc_diff(a: np.ndarray, b: np.ndarray) -> float:
-    """1 - 2 a.b / (a.a + b.b), as DeepGEMM measures it."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum()))
-
-
-def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats of each row of logits [N, V]."""
-    p, q = (_log_softmax(x.astype(np.float64)) for x in (p_logits, q_logits))
-    return (np.exp(p) * (p - q)).sum(-1)
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def _same_experts(a: np.ndarray, b: np.ndarray) -> float:
-    """The share of (token, choice) pairs that both have, [N, k] each."""
-    return float(np.mean((a[:, :, None] == b[:, None, :]).any(-1)))
 
 
 # ---- against vLLM
@@ -470,7 +320,7 @@ def e4m3_toward_zero(x: jax.Array) -> jax.Array:
 def _prompt_logprobs(case: Case, logits: np.ndarray) -> np.ndarray:
     """Of every prompt token but the first, row after row, from logits [N, V]."""
     ends = np.cumsum([len(rendered.tokens) for rendered in case.rendered])[:-1]
-    rows = np.split(_log_softmax(logits.astype(np.float64)), ends)
+    rows = np.split(log_softmax(logits.astype(np.float64)), ends)
     pairs = zip(rows, case.rendered, strict=True)
     return np.concatenate([row[np.arange(len(row) - 1), rendered.tokens[1:]] for row, rendered in pairs])
 

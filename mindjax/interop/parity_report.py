@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from mindjax.interop import parity
-from mindjax.interop.parity import Case, Report, Row
+from mindjax.interop.parity import Case
+from mindjax.interop.parity_rows import Report, Row
 from mindjax.interop.random_checkpoint import random_checkpoint
 
 if TYPE_CHECKING:
