@@ -3,7 +3,7 @@
 Builds the CUDA library from source and checks its machine code, runs tests/gpu through both bindings, times the kernels
 against the machine's ceilings and other implementations, and prints the table of bars. Needs a clone, nvcc, CMake, and
 Python with jax, torch, numpy, ml_dtypes and pytest; nothing is downloaded. Each step has a time limit, so that a kernel
-that hangs ends the step and not the machine's lease.
+that hangs ends the step and not the machine's lease; `--only` runs some of the steps.
 """
 
 from __future__ import annotations

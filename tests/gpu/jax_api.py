@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ DTYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16}
 def to_jax(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
-    torch.cuda.synchronize()
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
     tensor = tensor.detach().contiguous()
     if tensor.dtype != torch.float8_e4m3fn:
         return jax.dlpack.from_dlpack(tensor)
@@ -30,8 +32,13 @@ def to_torch(array: jax.Array) -> Tensor:
     return to_torch(jax.lax.bitcast_convert_type(array, jnp.uint8)).view(torch.float8_e4m3fn)
 
 
+@functools.cache
+def _compiled(name: str, static: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(functools.partial(getattr(jax_binding, name), **dict(static)))
+
+
 def _run(name: str, *operands: Tensor | None, **static: Any) -> Any:
-    results = jax.jit(lambda *arrays: getattr(jax_binding, name)(*arrays, **static))(*map(to_jax, operands))
+    results = _compiled(name, tuple(sorted(static.items())))(*map(to_jax, operands))
     return jax.tree.map(to_torch, results)
 
 
