@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -61,7 +62,10 @@ def greedy(
 
     Raises:
       RuntimeError: where vLLM fails, with the end of what it printed.
+      ModuleNotFoundError: where there is none.
     """
+    if importlib.util.find_spec("vllm") is None:
+        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump([[str(folder), conversations] for folder, conversations in jobs], file)
         file.flush()
