@@ -42,6 +42,7 @@ def environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cuda,cpu",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "MINDJAX_KERNELS": str(ROOT / "build" / "cuda"),
+        "MINDJAX_REQUIRE_GPU": "1",  # a test that finds no GPU fails
         "PYTHONUNBUFFERED": "1",
     }
 

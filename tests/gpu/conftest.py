@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kernels_cuda import checks, library
+from tests.gpu.need import unavailable
 
 WANTED = (9, 0)
 
@@ -30,7 +31,7 @@ def no_hopper() -> str:
 def built() -> Iterator[None]:
     reason = no_hopper()
     if reason:
-        pytest.skip(reason)
+        unavailable(reason)
     path, _ = checks.build("cuda")
     os.environ["MINDJAX_KERNELS"] = str(path.parent)
     library.load.cache_clear()

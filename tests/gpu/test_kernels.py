@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kernels_cuda import library, torch_binding  # noqa: E402
+from tests.gpu.need import need_jax_gpu  # noqa: E402
 from tests.kernels import contract  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -45,9 +46,7 @@ by_shape = pytest.mark.parametrize(("k", "n"), SHAPES)
 def api(request: pytest.FixtureRequest) -> Any:
     if request.param == "torch":
         return torch_binding
-    jax = pytest.importorskip("jax")
-    if jax.default_backend() != "gpu":
-        pytest.skip("JAX sees no GPU: set JAX_PLATFORMS=cuda")
+    need_jax_gpu()
     from tests.gpu import jax_api
 
     return jax_api
@@ -192,9 +191,9 @@ def test_a_graph_replays_with_changed_sizes() -> None:
 
 def test_jax_compiles_once_for_all_sizes() -> None:
     """Sizes are data: one executable, with calls enough for XLA to record as a graph, and the bits of torch's."""
-    jax = pytest.importorskip("jax")
-    if jax.default_backend() != "gpu":
-        pytest.skip("JAX sees no GPU: set JAX_PLATFORMS=cuda")
+    need_jax_gpu()
+    import jax
+
     from kernels_cuda import jax_binding
     from tests.gpu.jax_api import to_jax, to_torch
 
@@ -219,9 +218,8 @@ def test_jax_compiles_once_for_all_sizes() -> None:
 
 def test_gradients_of_the_jax_operator() -> None:
     """mindjax.ops.grouped_matmul on the GPU against its own definition, gradients too."""
-    jax = pytest.importorskip("jax")
-    if jax.default_backend() != "gpu":
-        pytest.skip("JAX sees no GPU: set JAX_PLATFORMS=cuda")
+    need_jax_gpu()
+    import jax
     import jax.numpy as jnp
 
     from mindjax.ops.grouped_matmul import grouped_matmul
@@ -255,7 +253,7 @@ def test_cutlass_agrees() -> None:
     """The products by CUTLASS hold the same contract, in bfloat16."""
     if not hasattr(library.load("cuda").handle, "mjk_ffi_gmm_cutlass"):
         pytest.skip("CUTLASS is not built: MINDJAX_CUTLASS names the folder of its headers")
-    pytest.importorskip("jax")
+    need_jax_gpu()
     from tests.gpu import jax_api
 
     for case in CASES:
