@@ -169,7 +169,9 @@ def test_bfloat16(pair: tuple[Any, ...]) -> None:
     """bf16 against the float32 truth: at most 1.25 times as far from it as transformers' own bf16 is.
 
     No absolute bound is honest here: bf16 keeps 8 bits, and which way a sum rounds depends on its order. What can
-    be asked is that we lose no more to bf16 than the reference implementation does, in root mean square.
+    be asked is that we lose no more to bf16 than the reference implementation does: in root mean square for a token, in
+    the median over tokens, for a near tie of the router that falls the other way changes a token altogether, and to
+    which side that happens is chance (the ratio of sums lies between 0.3 and 2 over seeds, that of medians below 1.1).
     """
     model, config, params = pair
     rows = build(model, config, MIXTURE, seed=2)
@@ -182,7 +184,7 @@ def test_bfloat16(pair: tuple[Any, ...]) -> None:
         real
     ]
 
-    def rms(values: np.ndarray) -> float:
-        return float(np.sqrt(np.mean((values - truth) ** 2)))
+    def typical_error(values: np.ndarray) -> float:
+        return float(np.median(np.sqrt(np.mean((values - truth) ** 2, axis=-1))))
 
-    assert rms(ours) < 1.25 * rms(theirs), (rms(ours), rms(theirs))
+    assert typical_error(ours) < 1.25 * typical_error(theirs), (typical_error(ours), typical_error(theirs))
