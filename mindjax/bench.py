@@ -33,7 +33,7 @@ COMMANDS = ("train", "sampler", "compile")
 RESULT = "RESULT "
 MIB = 2**20
 # Keeping the products alone is faster than keeping all: storing and reading the rest costs more than making it again.
-REMAT = ("qkv", "attention", "mlp_hidden")
+REMAT = ("attention", "mlp_hidden")
 
 
 def base_config() -> ModelConfig:

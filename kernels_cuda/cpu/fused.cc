@@ -179,6 +179,26 @@ int mjk_silu_product_grad(void* stream, mjk_dtype dtype, int64_t count, const vo
   return MJK_OK;
 }
 
+int mjk_swiglu(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up, const float* scale,
+               void* out) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  for_each_part(stream, rows, 1, width, [&](int64_t, int64_t first, int64_t last) {
+    kernels->swiglu(first, last, width, gate_up, scale, out);
+  });
+  return MJK_OK;
+}
+
+int mjk_swiglu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up, const float* scale,
+                    const void* d_out, void* d_gate_up, float* d_scale) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  for_each_part(stream, rows, 1, width, [&](int64_t, int64_t first, int64_t last) {
+    kernels->swiglu_grad(first, last, width, gate_up, scale, d_out, d_gate_up, d_scale);
+  });
+  return MJK_OK;
+}
+
 int mjk_bias_gelu(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias, void* y) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;

@@ -22,6 +22,9 @@ struct Fused {
   void (*silu_product)(int64_t first, int64_t last, const void* gate, const void* up, void* out);
   void (*silu_product_grad)(int64_t first, int64_t last, const void* gate, const void* up, const void* g, void* d_gate,
                             void* d_up);
+  void (*swiglu)(int64_t first, int64_t last, int64_t width, const void* gate_up, const float* scale, void* out);
+  void (*swiglu_grad)(int64_t first, int64_t last, int64_t width, const void* gate_up, const float* scale,
+                      const void* g, void* d_gate_up, float* d_scale);
   void (*bias_gelu)(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, void* y);
   void (*bias_gelu_grad)(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, const void* g,
                          void* dx, float* d_bias);

@@ -49,6 +49,14 @@ struct Typed {
                         void* d_up) {
     silu_product_grad(first, last, in(gate), in(up), in(g), out(d_gate), out(d_up));
   }
+  static void swiglu(int64_t first, int64_t last, int64_t width, const void* gate_up, const float* scale,
+                     void* result) {
+    swiglu_rows(first, last, width, in(gate_up), scale, out(result));
+  }
+  static void swiglu_grad(int64_t first, int64_t last, int64_t width, const void* gate_up, const float* scale,
+                          const void* g, void* d_gate_up, float* d_scale) {
+    swiglu_grad_rows(first, last, width, in(gate_up), scale, in(g), out(d_gate_up), d_scale);
+  }
   static void gelu(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, void* y) {
     bias_gelu_rows(first, last, size, in(x), in(bias), out(y));
   }
@@ -61,7 +69,7 @@ struct Typed {
     rope_rows(first, last, heads, dim, sign, in(x), cosine, sine, out(y));
   }
   static constexpr Fused table() {
-    return {attention, attention_grad, decode, norm, norm_grad, silu, silu_grad, gelu, gelu_grad, rope};
+    return {attention, attention_grad, decode, norm, norm_grad, silu, silu_grad, swiglu, swiglu_grad, gelu, gelu_grad, rope};
   }
 };
 

@@ -122,6 +122,40 @@ void silu_product_grad(int64_t first, int64_t last, const T* gate, const T* up, 
   }
 }
 
+// out[width] = silu(gate) * up * scale of gate_up[2 width] for each row; scale NULL: 1
+template <class T>
+void swiglu_rows(int64_t first, int64_t last, int64_t width, const T* gate_up, const float* scale, T* out) {
+  for (int64_t r = first; r < last; ++r) {
+    const T *gate = gate_up + r * 2 * width, *up = gate + width;
+    const float factor = scale ? scale[r] : 1.0f;
+    for (int64_t i = 0; i < width; i += MJK_LANES) {
+      const int64_t left = width - i;
+      const vf x = load_part(gate + i, left);
+      store_part(out + r * width + i, x * sigmoid(x) * load_part(up + i, left) * factor, left);
+    }
+  }
+}
+
+template <class T>
+void swiglu_grad_rows(int64_t first, int64_t last, int64_t width, const T* gate_up, const float* scale, const T* g,
+                      T* d_gate_up, float* d_scale) {
+  for (int64_t r = first; r < last; ++r) {
+    const T *gate = gate_up + r * 2 * width, *up = gate + width;
+    T *d_gate = d_gate_up + r * 2 * width, *d_up = d_gate + width;
+    const float factor = scale ? scale[r] : 1.0f;
+    vf total = {};
+    for (int64_t i = 0; i < width; i += MJK_LANES) {
+      const int64_t left = width - i;
+      const vf x = load_part(gate + i, left), y = load_part(up + i, left), outer = load_part(g + r * width + i, left);
+      const vf s = sigmoid(x), scaled = outer * factor;
+      store_part(d_gate + i, scaled * y * s * (1.0f + x * (1.0f - s)), left);
+      store_part(d_up + i, scaled * x * s, left);
+      total += outer * x * s * y;
+    }
+    if (d_scale) d_scale[r] = sum(total);
+  }
+}
+
 // gelu(x) by tanh is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 constexpr float kGelu = 1.5957691216057308f, kCubic = 0.044715f;
 

@@ -100,36 +100,6 @@ void unpermute(int64_t rows, int64_t choices, int64_t k, const T* x, const int32
   }
 }
 
-template <class T>
-void swiglu(int64_t width, const T* gate_up, const float* scale, int64_t first, int64_t end, T* out) {
-  for (int64_t r = first; r < end; ++r) {
-    const T *gate = gate_up + r * 2 * width, *up = gate + width;
-    for (int64_t i = 0; i < width; ++i) {
-      const float x = load(gate + i), silu = x / (1.f + std::exp(-x));
-      put(out + r * width + i, silu * load(up + i) * (scale ? scale[r] : 1.f));
-    }
-  }
-}
-
-template <class T>
-void swiglu_grad(int64_t width, const T* gate_up, const float* scale, const T* d_out, int64_t first, int64_t end,
-                 T* d_gate_up, float* d_scale) {
-  for (int64_t r = first; r < end; ++r) {
-    const T *gate = gate_up + r * 2 * width, *up = gate + width;
-    T *d_gate = d_gate_up + r * 2 * width, *d_up = d_gate + width;
-    float total = 0.f;
-    for (int64_t i = 0; i < width; ++i) {
-      const float x = load(gate + i), y = load(up + i), d = load(d_out + r * width + i);
-      const float sigmoid = 1.f / (1.f + std::exp(-x)), silu = x * sigmoid;
-      const float scaled = scale ? d * scale[r] : d;
-      put(d_gate + i, scaled * y * sigmoid * (1.f + x * (1.f - sigmoid)));
-      put(d_up + i, scaled * silu);
-      total += d * silu * y;
-    }
-    if (d_scale) d_scale[r] = total;
-  }
-}
-
 bool is_float(mjk_dtype type) { return type == MJK_F32 || type == MJK_BF16; }
 
 int unsupported() { return fail(MJK_UNSUPPORTED, "rows must be float32 or bfloat16"); }
@@ -179,32 +149,6 @@ int mjk_unpermute(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, i
     else
       unpermute(rows, choices, k, static_cast<const uint16_t*>(x), index, weight, first, end,
                 static_cast<uint16_t*>(out));
-  });
-  return MJK_OK;
-}
-
-int mjk_swiglu(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up, const float* scale,
-               void* out) {
-  if (!is_float(dtype)) return unsupported();
-  over_rows(stream, rows, 24 * width, [=](int64_t first, int64_t end) {
-    if (dtype == MJK_F32)
-      swiglu(width, static_cast<const float*>(gate_up), scale, first, end, static_cast<float*>(out));
-    else
-      swiglu(width, static_cast<const uint16_t*>(gate_up), scale, first, end, static_cast<uint16_t*>(out));
-  });
-  return MJK_OK;
-}
-
-int mjk_swiglu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const void* gate_up,
-                    const float* scale, const void* d_out, void* d_gate_up, float* d_scale) {
-  if (!is_float(dtype)) return unsupported();
-  over_rows(stream, rows, 48 * width, [=](int64_t first, int64_t end) {
-    if (dtype == MJK_F32)
-      swiglu_grad(width, static_cast<const float*>(gate_up), scale, static_cast<const float*>(d_out), first, end,
-                  static_cast<float*>(d_gate_up), d_scale);
-    else
-      swiglu_grad(width, static_cast<const uint16_t*>(gate_up), scale, static_cast<const uint16_t*>(d_out), first, end,
-                  static_cast<uint16_t*>(d_gate_up), d_scale);
   });
   return MJK_OK;
 }

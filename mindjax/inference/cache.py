@@ -98,8 +98,8 @@ def decode_attention(
         return out, Generated(*own)
 
     def default(q: Array, k: Array, v: Array, prefix: Prefix, generated: Generated, *place: Array) -> Any:
-        generated = generated.append(*place, k, v)
         layer, step = place
+        generated = generated.append(layer, step, k, v)
         old = _layer(prefix.k, layer, k.dtype), _layer(prefix.v, layer, k.dtype)
         own = _layer(generated.k, layer, k.dtype), _layer(generated.v, layer, k.dtype)
         return _attend(q, old, own, prefix.segment_ids, step), generated

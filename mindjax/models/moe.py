@@ -14,8 +14,11 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels_cuda import jax_binding
 from mindjax.config import TextConfig
 from mindjax.models.parameters import Init
+from mindjax.ops.activation import swiglu
+from mindjax.ops.dispatch import on_cpu
 from mindjax.ops.grouped_matmul import grouped_matmul
 from mindjax.ops.matmul import matmul
 
@@ -85,9 +88,8 @@ def moe(params: dict[str, Array], x: Array, segment_ids: Array, config: TextConf
     back = jnp.argsort(order)
     rows_in = _dispatch(flat, order, back, choices)
     hidden_states = checkpoint_name(grouped_matmul(rows_in, params["gate_up"], group_sizes), "mlp_hidden")
-    gate, up = jnp.split(hidden_states, 2, axis=-1)
     # Weighed before the last product, which is linear: then the gradient of the weights needs no answer kept.
-    weighed = jax.nn.silu(gate) * up * _permute(weights.reshape(-1, 1), order, back)
+    weighed = swiglu(hidden_states, _permute(weights.reshape(-1), order, back).astype(jnp.float32))
     y = _combine(grouped_matmul(weighed, params["down"], group_sizes), order, back, choices)
 
     aux_sum, aux_count = _balance_loss(probabilities, taken, segment_ids)
@@ -109,13 +111,17 @@ _permute.defvjp(lambda x, order, back: (x[order], (order, back)), lambda saved, 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dispatch(x: Array, order: Array, back: Array, choices: int) -> Array:
     """A copy of each token of x [N, H] for each of its choices, in the order of experts: [N choices, H]."""
-    return x[order // choices]
+    return on_cpu(jax_binding.permute, lambda x, index: x[index], x, order // choices)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _combine(answers: Array, order: Array, back: Array, choices: int) -> Array:
     """The sum over each token's choices, [N, H]; the transpose of `_dispatch`."""
-    return jnp.sum(answers[back].reshape(-1, choices, answers.shape[-1]), axis=1)
+
+    def default(answers: Array, back: Array) -> Array:
+        return jnp.sum(answers[back.reshape(-1)].reshape(*back.shape, -1), axis=1)
+
+    return on_cpu(jax_binding.unpermute, default, answers, back.reshape(-1, choices))
 
 
 _dispatch.defvjp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_cuda import jax_fused
+from kernels_cuda import jax_binding, jax_fused
 from mindjax.ops.dispatch import on_cpu
 from mindjax.ops.matmul import sum_rows
 
@@ -30,6 +30,30 @@ def _silu_product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array,
 
 
 silu_product.defvjp(lambda gate, up: (silu_product(gate, up), (gate, up)), _silu_product_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate_up: Array, scale: Array) -> Array:
+    """silu(gate) * up * scale of gate_up [R, 2 I] (gate first) and scale [R] float32, as experts have it: [R, I]."""
+    return on_cpu(jax_binding.swiglu, _swiglu, gate_up, scale)
+
+
+def _swiglu(gate_up: Array, scale: Array) -> Array:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up * scale[:, None].astype(gate_up.dtype)
+
+
+def _swiglu_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    def kernel(gate_up: Array, scale: Array, g: Array) -> tuple[Array, Array]:
+        return jax_binding.swiglu_grad(gate_up, g, scale)
+
+    def default(gate_up: Array, scale: Array, g: Array) -> tuple[Array, Array]:
+        return jax.vjp(_swiglu, gate_up, scale)[1](g)
+
+    return on_cpu(kernel, default, *saved, g)
+
+
+swiglu.defvjp(lambda gate_up, scale: (swiglu(gate_up, scale), (gate_up, scale)), _swiglu_backward)
 
 
 @jax.custom_vjp

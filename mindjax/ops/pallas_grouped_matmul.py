@@ -7,6 +7,8 @@ last group come out as zeros whatever they hold, any R, K and N, float32 inputs 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,7 +61,7 @@ def _gmm(x: Array, w: Array, sizes: Array, *, transposed: bool, interpret: bool)
     tile_inputs = _fit(inputs, _TILE_BYTES // (2 * x.dtype.itemsize * (tile_rows + 256)))
     left = _TILE_BYTES - 2 * x.dtype.itemsize * tile_rows * tile_inputs
     tile_outputs = _fit(outputs, left // (2 * x.dtype.itemsize * (tile_inputs + tile_rows) + 4 * tile_rows))
-    with _precision(x.dtype):
+    with _settings(x.dtype):
         out = _megablox.gmm(
             _pad_rows(x, tile_rows), w, sizes, preferred_element_type=x.dtype,
             tiling=(tile_rows, tile_inputs, tile_outputs), transpose_rhs=transposed, interpret=interpret,
@@ -74,16 +76,22 @@ def _tgmm(x: Array, g: Array, sizes: Array, *, interpret: bool) -> Array:
     # Square tiles read least: x is read once for each tile of outputs, g for each of inputs. 512 x 512 in float32 with
     # two copies of the result fit beside the masked and transposed operands.
     tile_inputs, tile_outputs = _fit(inputs, 512), _fit(outputs, 512)
-    with _precision(x.dtype):
+    with _settings(x.dtype):
         return _megablox.tgmm(
             _pad_rows(x, tile_rows).T, _pad_rows(g, tile_rows), sizes, preferred_element_type=x.dtype,
             tiling=(tile_rows, tile_inputs, tile_outputs), interpret=interpret,
         )  # fmt: skip
 
 
-def _precision(dtype: Any) -> Any:
-    """The kernel's products take their precision from the context; bfloat16 has no other than the default."""
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+@contextmanager
+def _settings(dtype: Any) -> Iterator[None]:
+    """The kernel's products take their precision from the context; bfloat16 has no other than the default.
+
+    Its own code promotes dtypes, whatever the caller's mode.
+    """
+    precision = jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+    with precision, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _tile_rows(rows: int, groups: int, dtype: Any) -> int:
