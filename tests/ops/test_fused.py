@@ -93,6 +93,19 @@ def test_activations(size: int, dtype: Any) -> None:
         check(activation.bias_gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), [x, bias], dtype)
 
 
+@dtypes
+@pytest.mark.parametrize("size", [5, 96])
+def test_swiglu(size: int, dtype: Any) -> None:
+    def theirs(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up * scale[:, None]
+
+    def ours(gate_up: jax.Array, scale: jax.Array) -> jax.Array:
+        return activation.swiglu(gate_up, scale.astype(jnp.float32))
+
+    check(ours, theirs, [3 * normal(0, 133, 2 * size), normal(1, 133)], dtype)
+
+
 def test_bias_gelu_in_bfloat16() -> None:
     """x + bias is rounded as a tensor of the model is: the reference starts from the rounded sum."""
     x, bias, g = (jnp.asarray(normal(i, 40, 96), jnp.bfloat16) for i in range(3))
