@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "launch.h"
+#include "launch_cpu.h"
 
 namespace {
 
@@ -172,6 +172,93 @@ void rows_ops(void* pool, mjk_dtype type, int64_t rows, int64_t k) {
   compare("swiglu", y, y_, bound);
 }
 
+template <class T>
+void finite(const char* what, Guarded<T>& got) {
+  for (int64_t i = 0; i < got.size(); ++i)
+    if (!std::isfinite(value(got[i]))) {
+      std::printf("%s: number %lld of %lld is not finite\n", what, (long long)i, (long long)got.size());
+      ++failures;
+      return;
+    }
+}
+
+// Attention's values against float64; of the rest what the sanitizers and the guard pages see, tests/ops/test_fused.py
+// has the values.
+template <class T>
+void attention(void* pool, mjk_dtype type, int64_t length, int64_t dim, bool causal) {
+  const int64_t batch = 2, heads = 4, kv_heads = 2;
+  const mjk_attention_shape shape = {batch, length, length, heads, kv_heads, dim};
+  Guarded<T> q(batch * length * heads * dim), k(batch * length * kv_heads * dim), v(k.size()), out(q.size()), g(q.size()),
+      dq(q.size()), dk(k.size()), dv(k.size());
+  Guarded<int32_t> segments(batch * length), index(length);
+  Guarded<float> normaliser(batch * heads * length);
+  fill(q, q.size()), fill(k, k.size()), fill(v, v.size()), fill(g, g.size());
+  for (int64_t i = 0; i < segments.size(); ++i) segments[i] = int32_t(1 + i % length * 2 / length);
+  for (int64_t t = 0; t < length; ++t) index[t] = causal ? int32_t(t) : -1;
+  ok("attention", mjk_attention(pool, type, &shape, q.get(), k.get(), v.get(), segments.get(), segments.get(), index.get(),
+                                out.get(), normaliser.get()));
+  ok("attention_grad", mjk_attention_grad(pool, type, &shape, q.get(), k.get(), v.get(), segments.get(), segments.get(),
+                                          index.get(), out.get(), normaliser.get(), g.get(), dq.get(), dk.get(),
+                                          dv.get()));
+  std::vector<double> wanted(size_t(out.size()));
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t t = 0; t < length; ++t)
+      for (int64_t h = 0; h < heads; ++h) {
+        double total = 0;
+        double* row = &wanted[size_t(((b * length + t) * heads + h) * dim)];
+        for (int64_t s = 0; s < length; ++s) {
+          if (segments[b * length + s] != segments[b * length + t] || (causal && s > t)) continue;
+          double score = 0;
+          const int64_t key = ((b * length + s) * kv_heads + h / 2) * dim;
+          for (int64_t d = 0; d < dim; ++d)
+            score += double(value(q[((b * length + t) * heads + h) * dim + d])) * value(k[key + d]);
+          const double weight = std::exp(score / std::sqrt(double(dim)));
+          total += weight;
+          for (int64_t d = 0; d < dim; ++d) row[d] += weight * value(v[key + d]);
+        }
+        for (int64_t d = 0; d < dim; ++d) row[d] /= total;
+      }
+  compare("attention", out, wanted, type == MJK_F32 ? 1e-6 : 1e-2);
+  finite("dq", dq), finite("dk", dk), finite("dv", dv);
+
+  const int64_t capacity = 5, step = 4;
+  const mjk_decode_shape decode = {1, batch, 1, heads, kv_heads, dim, length, capacity};
+  Guarded<T> new_q(batch * heads * dim), new_k(batch * kv_heads * dim), new_v(new_k.size()), answer(new_q.size()),
+      own_k(batch * kv_heads * capacity * dim), own_v(own_k.size());
+  Guarded<int32_t> place(1), at(1);
+  place[0] = 0, at[0] = int32_t(step);
+  fill(new_q, new_q.size()), fill(new_k, new_k.size()), fill(new_v, new_v.size());
+  fill(own_k, own_k.size()), fill(own_v, own_v.size());
+  ok("decode", mjk_decode_attention(pool, type, &decode, new_q.get(), new_k.get(), new_v.get(), k.get(), v.get(),
+                                    own_k.get(), own_v.get(), segments.get(), place.get(), at.get(), answer.get()));
+  finite("decode", answer);
+}
+
+template <class T>
+void elementwise(void* pool, mjk_dtype type, int64_t rows, int64_t size) {
+  Guarded<T> x(rows * size), y(x.size()), g(x.size()), dx(x.size()), dy(x.size()), scale(size), bias(size);
+  Guarded<float> d_scale(size), d_bias(size), cosine(rows * (size / 2)), sine(cosine.size());
+  fill(x, x.size()), fill(g, g.size()), fill(scale, size), fill(bias, size);
+  fill(cosine, cosine.size()), fill(sine, sine.size());
+  for (int32_t centred : {0, 1}) {
+    ok("norm", mjk_norm(pool, type, centred, rows, size, 1e-6f, x.get(), scale.get(), bias.get(), y.get()));
+    finite("norm", y);
+    ok("norm_grad", mjk_norm_grad(pool, type, centred, rows, size, 1e-6f, x.get(), scale.get(), g.get(), dx.get(),
+                                  d_scale.get(), d_bias.get()));
+    finite("norm, dx", dx), finite("norm, d_scale", d_scale);
+  }
+  ok("gelu", mjk_bias_gelu(pool, type, rows, size, x.get(), bias.get(), y.get()));
+  ok("gelu_grad", mjk_bias_gelu_grad(pool, type, rows, size, x.get(), bias.get(), g.get(), dx.get(), d_bias.get()));
+  finite("gelu", y), finite("gelu, dx", dx), finite("gelu, d_bias", d_bias);
+  ok("silu", mjk_silu_product(pool, type, rows * size, x.get(), g.get(), y.get()));
+  ok("silu_grad", mjk_silu_product_grad(pool, type, rows * size, x.get(), g.get(), g.get(), dx.get(), dy.get()));
+  finite("silu", y), finite("silu, d_gate", dx), finite("silu, d_up", dy);
+  if (size % 2 == 0) {
+    ok("rope", mjk_rope(pool, type, rows, 1, size, 1.0f, x.get(), cosine.get(), sine.get(), y.get()));
+    finite("rope", y);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -191,7 +278,14 @@ int main() {
       quantised(stream, k, n, 19, 21);
       rows_ops<float>(stream, MJK_F32, 11, k);
       rows_ops<uint16_t>(stream, MJK_BF16, 11, k);
+      elementwise<float>(stream, MJK_F32, 300, k);
+      elementwise<uint16_t>(stream, MJK_BF16, 300, k);
     }
+    for (const auto& [length, dim] : {std::pair<int64_t, int64_t>{1, 8}, {33, 24}, {70, 64}})
+      for (bool causal : {false, true}) {
+        attention<float>(stream, MJK_F32, length, dim, causal);
+        attention<uint16_t>(stream, MJK_BF16, length, dim, causal);
+      }
     products<uint16_t>(stream, MJK_BF16, 2100, 40, {5, 40}, 45);  // more of k than is packed at a time
     products<float>(stream, MJK_F32, 400, 40, {5, 40}, 45);
     products<uint16_t>(stream, MJK_BF16, 40, 48, {2100}, 2100);
