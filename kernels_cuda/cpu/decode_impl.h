@@ -8,7 +8,7 @@
 
 namespace {
 
-// Rows of keys or values, `stride` elements apart.
+// Consecutive keys or values.
 template <class T>
 struct Span {
   const T* data;

@@ -15,27 +15,23 @@ inline void widen_row(const T* from, int64_t size, float* to) {
   copy_row(from, size, 1.0f, to);
 }
 
-struct Moments {
-  float mean, inverse;  // 1 / sqrt(variance + eps)
-};
-
-// Of x[size], padded with zeros; `centred` subtracts the mean (LayerNorm), in place.
+// Divides x[size], padded with zeros, by the root of its mean square plus eps, in place; `centred` subtracts the mean
+// before (LayerNorm). Returns the factor.
 template <bool centred>
-inline Moments normalise(float* x, int64_t size, float eps) {
+inline float normalise(float* x, int64_t size, float eps) {
   const int64_t padded = round_up(size, MJK_LANES);
-  Moments moments = {0, 0};
   if (centred) {
     vf total = {};
     for (int64_t i = 0; i < padded; i += MJK_LANES) total += load(x + i);
-    moments.mean = sum(total) / (float)size;
-    for (int64_t i = 0; i < size; i += MJK_LANES) store(x + i, load(x + i) - moments.mean);
+    const float mean = sum(total) / (float)size;
+    for (int64_t i = 0; i < size; i += MJK_LANES) store(x + i, load(x + i) - mean);
     for (int64_t i = size; i < padded; ++i) x[i] = 0;
   }
   vf squares = {};
   for (int64_t i = 0; i < padded; i += MJK_LANES) squares += load(x + i) * load(x + i);
-  moments.inverse = 1.0f / sqrtf(sum(squares) / (float)size + eps);
-  for (int64_t i = 0; i < padded; i += MJK_LANES) store(x + i, load(x + i) * moments.inverse);
-  return moments;
+  const float inverse = 1.0f / sqrtf(sum(squares) / (float)size + eps);
+  for (int64_t i = 0; i < padded; i += MJK_LANES) store(x + i, load(x + i) * inverse);
+  return inverse;
 }
 
 // y = normalised x times scale, plus bias where centred. RMSNorm rounds to T before the scale, as published.
@@ -66,7 +62,7 @@ void norm_grad_rows(int64_t first, int64_t last, int64_t size, float eps, const 
   for (int64_t r = first; r < last; ++r) {
     widen_row(x + r * size, size, row.data);
     widen_row(g + r * size, size, gradient.data);
-    const float inverse = normalise<centred>(row.data, size, eps).inverse;
+    const float inverse = normalise<centred>(row.data, size, eps);
     vf along = {}, total = {};
     for (int64_t i = 0; i < padded; i += MJK_LANES) {
       const vf value = load(&row[i]), outer = load(&gradient[i]), inner = outer * load(&factor[i]);
@@ -85,9 +81,9 @@ void norm_grad_rows(int64_t first, int64_t last, int64_t size, float eps, const 
   if (centred) memcpy(d_bias, bias_sum.data, size * sizeof(float));
 }
 
-// Applies function(i, load, store) to whole vectors and, for the rest, to a padded copy; `count` arrays of T.
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// A vector of which `left` elements are there; the rest are zeros, and are not written.
 template <class T>
 inline vf load_part(const T* p, int64_t left) {
   if (left >= MJK_LANES) return load(p);
