@@ -21,7 +21,6 @@ from mindjax.models.parameters import LOGICAL_AXES, Init, map_parameters, pure_d
 from mindjax.models.rope import text_rope
 from mindjax.models.vision import VisionEncoder, VisionFeatures, encode
 from mindjax.ops.attention import attention
-from mindjax.ops.levels import add_level
 from mindjax.ops.logprobs import token_logprobs as head_logprobs
 from mindjax.ops.matmul import matmul
 from mindjax.ops.norm import rms_norm
@@ -144,7 +143,6 @@ def forward(
     if vision_features is None and batch.vision is not None:
         vision_features = encode_vision(params, config, batch.vision, remat=remat)
     x = params["text"]["embed"][batch.tokens]
-    deepstack = x[None][:0]
     if vision_features is not None:
         places = (batch.vision_index >= 0)[..., None]
         placed = _place(vision_features, batch.vision_index)
@@ -157,17 +155,15 @@ def forward(
 
     rope = text_rope(batch.positions, config.text)
 
-    def block(carry: tuple[jax.Array, jax.Array], layer: tuple[Params, jax.Array]) -> tuple[Any, Any]:
-        x, deepstack = carry
+    def block(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, Any]:
         p, index = layer
         x, router, state = decoder_layer(p, x, rope, segments, config.text, attend)
-        if len(deepstack):
-            x, deepstack = add_level(x, deepstack, places, index)
-        return (x, deepstack), (router, state)
+        if vision_features is not None and len(deepstack):
+            x = _add_deepstack(x, deepstack, index, places)
+        return x, (router, state)
 
     layers = (params["text"]["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
-    # The features travel in the carry, so that their gradient is written one level at a time.
-    (x, _), (router, state) = scan_layers(rematerialise(block, remat), (x, deepstack), layers)
+    x, (router, state) = scan_layers(rematerialise(block, remat), x, layers)
     return Output(rms_norm(x, params["text"]["norm"], config.text.rms_norm_eps), router, state)
 
 
@@ -237,3 +233,13 @@ def _place(features: VisionFeatures, vision_index: jax.Array) -> jax.Array:
     table = levels.swapaxes(0, 1).reshape(levels.shape[1], -1)
     placed = table[jnp.maximum(vision_index, 0)].reshape(*vision_index.shape, *levels.shape[::2])
     return jnp.moveaxis(placed, 2, 0)
+
+
+def _add_deepstack(x: jax.Array, deepstack: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
+    """Adds level `layer` of the DeepStack features [levels, B, T, H] in the first layers, nothing in the others."""
+
+    def add(x: jax.Array) -> jax.Array:
+        level = jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)
+        return x + jnp.where(places, level, jnp.zeros((), x.dtype))
+
+    return jax.lax.cond(layer < deepstack.shape[0], add, lambda x: x, x)

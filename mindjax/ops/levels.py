@@ -1,6 +1,6 @@
-"""Reading and writing one level of a small stack [levels, ...] inside a scan over layers.
+"""Writing one level of a small stack [levels, ...] inside a scan over layers.
 
-Derived automatically, the gradient of either passes over all levels in every layer.
+Derived automatically, its gradient passes over all levels in every layer.
 """
 
 from __future__ import annotations
@@ -26,33 +26,6 @@ def _put_backward(level: Array, g: Array) -> tuple[Array, Array, np.ndarray]:
 
 
 put_level.defvjp(lambda stack, x, level: (_put(stack, x, level), level), _put_backward)
-
-
-@jax.custom_vjp
-def add_level(x: Array, stack: Array, where: Array, level: Array) -> tuple[Array, Array]:
-    """x [B, T, H] with `level` of the stack [levels, B, T, H] added at the places [B, T, 1]; x past the last level.
-
-    Returns the stack too, as it came: where it is a scan's carry, so is its gradient, which is written level by level.
-    """
-    added = jnp.where(where, _get(stack, _within(level, stack)), jnp.zeros((), x.dtype))
-    return x + added, stack
-
-
-def _add_backward(
-    saved: tuple[Array, Array], gradients: tuple[Array, Array]
-) -> tuple[Array, Array, np.ndarray, np.ndarray]:
-    where, level = saved
-    g, g_stack = gradients
-    level_or_none = _within(level, g_stack)
-    added = _get(g_stack, level_or_none) + jnp.where(where, g, jnp.zeros((), g.dtype))
-    return g, _put(g_stack, added, level_or_none), _no_gradient(where), _no_gradient(level)
-
-
-add_level.defvjp(lambda x, stack, where, level: (add_level(x, stack, where, level), (where, level)), _add_backward)
-
-
-def _within(level: Array, stack: Array) -> Array:
-    return jnp.where(level < stack.shape[0], level, -1)
 
 
 def _put(stack: Array, x: Array, level: Array) -> Array:
