@@ -7,7 +7,7 @@ P patch pixels (channels x temporal x height x width), V vocabulary, H hidden si
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +83,58 @@ class Completion:
     Attributes:
       token_ids: the generated tokens, the stop token included when one was sampled.
       logprobs: their log-probabilities under the distribution they were sampled from.
-      finish_reason: "stop" or "length".
+      finish_reason: "stop", "length", or "redundant" where the answer went round in circles and was cut.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a trajectory by one author.
+
+    Attributes:
+      author: "policy" for what was sampled, "environment" for what a tool or a user answered. The prompt is no segment.
+      text: what it says, the token that ends the turn left out; any other control token stays visible.
+      token_ids: as sampled, or as rendered.
+      logprobs: of the policy's tokens, under the distribution they were sampled from; () for the environment.
+    """
+
+    author: Literal["policy", "environment"]
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What came of one prompt: one turn of the policy, or several with an environment's answers between them.
+
+    Attributes:
+      segments: in order; the last one is the policy's.
+      rendered: `mindjax.data.render.Rendered`, the prompt and all segments as one sequence, positions and images
+        included; its `loss_mask` is 1 on the policy's tokens alone.
+      logprobs: [T] float32, those of the rollout at the policy's tokens, 0 elsewhere.
+      flags: of "cut" (stopped by its length), "redundant" (went round in circles), "overturn" (used all its turns
+        without an end), "invalid" (asked a tool for something it cannot do), "stale" (sampled from older weights).
+    """
+
+    segments: tuple[Segment, ...]
+    rendered: Any
+    logprobs: Any
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def text(self) -> str:
+        """The policy's last words, which hold its answer."""
+        return self.segments[-1].text
+
+    @property
+    def policy_tokens(self) -> int:
+        """How many tokens the policy wrote."""
+        return sum(len(segment.token_ids) for segment in self.segments if segment.author == "policy")
 
 
 @dataclass(frozen=True)
