@@ -64,11 +64,13 @@ class LossOutput:
       sum: scalar float32, the summed loss; its gradient is what accumulates.
       count: scalar float32, what to divide by once everything is summed.
       metrics: name -> (sum, count) pairs, reported as sum / count.
+      maxima: name -> scalar, of which the largest is reported.
     """
 
     sum: Array
     count: Array
     metrics: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    maxima: dict[str, Array] = field(default_factory=dict)
 
     @property
     def mean(self) -> Array:

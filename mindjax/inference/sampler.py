@@ -6,7 +6,7 @@ P prompts, N samples of each, R = P x N rows, V vocabulary, C capacity for new t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mindjax.config import ModelConfig
-from mindjax.data.packing import BatchShape, SampleSize, bucket, pack, size_of
+from mindjax.data.packing import BatchShape, SampleSize, bucket, size_of
 from mindjax.inference.cache import Generated, Prefix, decode_attention
+from mindjax.inference.pictures import encode_pictures, offset_index, prompt_batches, table_size
+from mindjax.inference.redundancy import Cycles
 from mindjax.models.qwen3_vl import Params, decoder_layer, forward, logits
 from mindjax.models.rope import text_rope
+from mindjax.models.vision import VisionFeatures
 from mindjax.ops.norm import rms_norm
 from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, Completion
@@ -30,11 +33,17 @@ Array = jax.Array
 
 # Stop tokens enter the compiled loop as an array of this length, so that their number compiles nothing.
 MAX_STOP_TOKENS = 8
+FINISH_REASONS = ("length", "stop", "redundant")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to draw answers. Nothing here but `num_samples` and the bucket of `max_new_tokens` is compiled in.
+    """How to draw answers. Compiled in are `num_samples` and the buckets of `max_new_tokens` and `repeat_window`.
+
+    An answer goes round in circles, and ends with finish_reason "redundant", as soon as its last tokens are one cycle
+    of at most `repeat_window` tokens, `repeat_count` times over and exactly. The repeats stay in the answer. What an
+    answer may rightly repeat so often is cut as well: with `repeat_count` 4 and nothing else, the zeros of 10000.
+    `repeat_length` guards against that: it spares repeats that are shorter than so many tokens in all.
 
     Attributes:
       max_new_tokens: where an answer is cut.
@@ -43,7 +52,10 @@ class SamplingConfig:
       top_p: draw among the most likely tokens whose probabilities first sum to this; 1 does not limit.
       num_samples: answers per prompt.
       stop_token_ids: tokens that end an answer, and are its last token.
-      ignore_eos: whether to go on to `max_new_tokens` whatever is drawn.
+      ignore_eos: whether to go on to `max_new_tokens` whatever stop token is drawn.
+      repeat_window: tokens of the longest cycle that is looked for; 0 looks for none, at no cost.
+      repeat_count: how often a cycle must have come, at least 2.
+      repeat_length: how many tokens all its repeats together must have.
     """
 
     max_new_tokens: int = 64
@@ -53,6 +65,9 @@ class SamplingConfig:
     num_samples: int = 1
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repeat_window: int = 0
+    repeat_count: int = 0
+    repeat_length: int = 0
 
     def __post_init__(self) -> None:
         checks = [
@@ -63,6 +78,11 @@ class SamplingConfig:
             (self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}"),
             (len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} stop tokens, not "
              f"{len(self.stop_token_ids)}"),
+            (self.repeat_window >= 0, f"repeat_window must not be negative: {self.repeat_window}; 0 looks for no cycle"),
+            (self.repeat_count >= 2 or not self.repeat_window, "repeat_window needs a repeat_count of at least 2, not "
+             f"{self.repeat_count}"),
+            (self.repeat_window or not (self.repeat_count or self.repeat_length), "repeat_count and repeat_length do "
+             "nothing without repeat_window"),
         ]  # fmt: skip
         problems = [message for ok, message in checks if not ok]
         if problems:
@@ -79,6 +99,7 @@ class _Controls:
     top_p: Any
     max_new_tokens: Any
     stop_token_ids: Any
+    repeats: Any  # (window, count, length)
 
     @classmethod
     def of(cls, sampling: SamplingConfig) -> _Controls:
@@ -88,6 +109,7 @@ class _Controls:
         return cls(
             np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
             np.int32(sampling.max_new_tokens), stop,
+            (np.int32(sampling.repeat_window), np.int32(sampling.repeat_count), np.int32(sampling.repeat_length)),
         )  # fmt: skip
 
 
@@ -100,9 +122,11 @@ class _State:
     token: Array
     done: Array
     lengths: Array
+    reasons: Array  # index in FINISH_REASONS
     tokens: Array
     logprobs: Array
     generated: Generated
+    cycles: Cycles | None  # None where none are looked for
 
 
 def sampling_keys(seed: int, step: int, prompts: Sequence[int], num_samples: int) -> Array:
@@ -158,6 +182,7 @@ def generate(
     keys: Array | None = None,
     shape: BatchShape | None = None,
     max_rows: int = 64,
+    vision_features: VisionFeatures | None = None,
 ) -> list[list[Completion]]:
     """Draws `num_samples` answers to each prompt.
 
@@ -178,12 +203,15 @@ def generate(
         by default.
       max_rows: prompts x samples in one device batch where `shape` does not say how many prompts; more prompts come
         in several batches of the same shape.
+      vision_features: `encode_pictures(params, config, prompt_batches(prompts, shape))` of the same parameters, where
+        the caller has it; the answers are the same as without.
 
     Returns:
       For each prompt its completions.
 
     Raises:
-      ValueError: keys are missing or have another shape, or the prompts do not fit `shape`.
+      ValueError: keys are missing or have another shape, the prompts do not fit `shape`, or `vision_features` come
+        without a shape or are of another one.
     """
     if not prompts:
         return []
@@ -198,31 +226,42 @@ def generate(
     else:
         key_data = np.asarray(jax.random.key_data(keys))
     if shape is None:
+        if vision_features is not None:
+            raise ValueError("vision_features need the shape that they were encoded in")
         rows = bucket(min(len(prompts), max(1, max_rows // samples)), 1)
         shape = prompt_shape([size_of(prompt) for prompt in prompts], rows, config)
     capacity = bucket(sampling.max_new_tokens, 16)
+    longest_cycle = bucket(sampling.repeat_window, 8) if sampling.repeat_window else 0
     controls = _Controls.of(sampling)
+    if vision_features is not None:
+        expected, given = table_size(len(prompts), shape), vision_features.tokens.shape[0]
+        if expected != given:
+            raise ValueError(f"vision_features have {given} tokens, the prompts in this shape {expected}")
 
     completions: list[list[Completion]] = []
-    for start in range(0, len(prompts), shape.rows):
+    for start, batch in zip(range(0, len(prompts), shape.rows), prompt_batches(prompts, shape), strict=True):
         chunk = prompts[start : start + shape.rows]
-        batch = pack([[prompt] for prompt in chunk], shape)
         chunk_keys = np.zeros((shape.rows, *key_data.shape[1:]), key_data.dtype)
         chunk_keys[: len(chunk)] = key_data[start : start + len(chunk)]
         positions = np.zeros(shape.rows, np.int32)
         positions[: len(chunk)] = [prompt.next_position for prompt in chunk]
-        prefix, hidden = _prefill(params, batch, config=config)
+        features = vision_features
+        if features is None:
+            features = encode_pictures(params, config, [batch])
+        else:
+            batch = offset_index(batch, table_size(start, shape))
+        prefix, hidden = _prefill(params, replace(batch, vision=None), features, config=config)
         result = _decode(
             params, prefix, hidden, positions, chunk_keys, controls,
-            config=config, capacity=capacity, impl=str(jax.random.key_impl(keys)),
+            config=config, capacity=capacity, longest_cycle=longest_cycle, impl=str(jax.random.key_impl(keys)),
         )  # fmt: skip
-        tokens, logprobs, lengths, stopped = jax.device_get(result)
+        tokens, logprobs, lengths, reasons = jax.device_get(result)
         for p in range(len(chunk)):
             completions.append([
                 Completion(
                     tuple(tokens[p, n, : lengths[p, n]].tolist()),
                     tuple(logprobs[p, n, : lengths[p, n]].tolist()),
-                    "stop" if stopped[p, n] else "length",
+                    FINISH_REASONS[reasons[p, n]],
                 )
                 for n in range(samples)
             ])  # fmt: skip
@@ -230,15 +269,17 @@ def generate(
 
 
 @partial(jax.jit, static_argnames="config")
-def _prefill(params: Params, batch: Batch, *, config: ModelConfig) -> tuple[Prefix, Array]:
+def _prefill(
+    params: Params, batch: Batch, vision_features: VisionFeatures | None, *, config: ModelConfig
+) -> tuple[Prefix, Array]:
     """The prompts' cache, and the hidden state [P, H] that predicts the first new token."""
-    output = forward(params, config, batch, keep_kv=True)
+    output = forward(params, config, batch, vision_features=vision_features, keep_kv=True)
     last = jnp.maximum(jnp.sum(batch.segment_ids != 0, axis=1, dtype=jnp.int32) - 1, 0)
     hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0]
     return Prefix.from_prefill(output.state, batch.segment_ids), hidden
 
 
-@partial(jax.jit, static_argnames=("config", "capacity", "impl"))
+@partial(jax.jit, static_argnames=("config", "capacity", "longest_cycle", "impl"))
 def _decode(
     params: Params,
     prefix: Prefix,
@@ -249,6 +290,7 @@ def _decode(
     *,
     config: ModelConfig,
     capacity: int,
+    longest_cycle: int,
     impl: str,
 ) -> tuple[Array, Array, Array, Array]:
     """Samples until every row is done.
@@ -257,9 +299,10 @@ def _decode(
       prefix, hidden: of `_prefill`.
       positions: [P] int32, where the generated tokens of a prompt continue.
       key_data: [P, N, ...] of the rows.
+      longest_cycle: what `controls.repeats` may ask for at most; 0 compiles no detection.
 
     Returns:
-      tokens [P, N, C], logprobs [P, N, C], lengths [P, N], stopped [P, N].
+      tokens [P, N, C], logprobs [P, N, C], lengths [P, N], finish reasons [P, N] as indices in FINISH_REASONS.
     """
     prompts, samples = key_data.shape[:2]
     rows = prompts * samples
@@ -270,17 +313,23 @@ def _decode(
     def draw(state: _State, scores: Array, step: Array) -> _State:
         """Adds token number `step` to every row that is not done."""
         token, logprob = _sample(scores, keys, step, controls, config)
-        stop = jnp.any(token[:, None] == controls.stop_token_ids[None], axis=1)
+        reason = jnp.any(token[:, None] == controls.stop_token_ids[None], axis=1).astype(jnp.int32)
+        cycles = state.cycles and state.cycles.add(token)
+        if cycles is not None:
+            reason = jnp.where((reason == 0) & cycles.found(*controls.repeats), 2, reason)
+        reason = jnp.where(state.done, state.reasons, reason)
         token = jnp.where(state.done, 0, token)
         logprob = jnp.where(state.done, jnp.float32(0), logprob)
         return _State(
             step=step + 1,
             token=token,
-            done=state.done | stop,
+            done=state.done | (reason > 0),
             lengths=state.lengths + (~state.done).astype(jnp.int32),
+            reasons=reason,
             tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step)),
             logprobs=jax.lax.dynamic_update_slice(state.logprobs, logprob[:, None], (0, step)),
             generated=state.generated,
+            cycles=cycles,
         )
 
     def unfinished(state: _State) -> Array:
@@ -300,20 +349,21 @@ def _decode(
         token=jnp.zeros(rows, jnp.int32),
         done=~exists,
         lengths=jnp.zeros(rows, jnp.int32),
+        reasons=jnp.zeros(rows, jnp.int32),
         tokens=jnp.zeros((rows, capacity), jnp.int32),
         logprobs=jnp.zeros((rows, capacity), jnp.float32),
         generated=Generated.empty(config.text, prompts, samples, capacity, prefix.k.dtype),
+        cycles=Cycles.empty(rows, longest_cycle) if longest_cycle else None,
     )
     # The samples of a prompt draw their first token from the same scores.
     first = draw(empty, jnp.repeat(logits(params, hidden), samples, axis=0), jnp.int32(0))
     final = jax.lax.while_loop(unfinished, advance, first)
     by_prompt = partial(jnp.reshape, shape=(prompts, samples, -1))
-    stopped = final.done & exists
     return (
         by_prompt(final.tokens),
         by_prompt(final.logprobs),
         final.lengths.reshape(prompts, samples),
-        stopped.reshape(prompts, samples),
+        final.reasons.reshape(prompts, samples),
     )
 
 

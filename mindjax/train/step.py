@@ -22,6 +22,7 @@ Params = dict[str, Any]
 Terms = tuple[LossOutput, ...]
 LossFn = Callable[[Params, Any], LossOutput | Terms]
 Metrics = dict[str, tuple[Array, Array]]
+Maxima = dict[str, Array]
 
 
 class TrainStep:
@@ -76,7 +77,7 @@ class TrainStep:
         def terms_of(trainable: Params, batch: Any) -> Terms:
             return _terms(self._loss_fn(join(_cast(trainable, self._dtype), frozen), batch))
 
-        def objective(trainable: Params, batch: Any, totals: tuple[Array, ...] | None) -> tuple[Array, Metrics]:
+        def objective(trainable: Params, batch: Any, totals: tuple[Array, ...] | None) -> tuple[Array, Any]:
             terms = terms_of(trainable, batch)
             totals = totals or tuple(term.count for term in terms)
             loss = sum(
@@ -86,12 +87,12 @@ class TrainStep:
                 ),
                 jnp.zeros((), jnp.float32),
             )
-            return loss, _metrics_of(terms)
+            return loss, (_metrics_of(terms), _maxima_of(terms))
 
         gradient_of = jax.value_and_grad(objective, has_aux=True)
         if size == 1:
-            (loss, metrics), gradient = gradient_of(trainable, jax.tree.map(lambda x: x[0], batches), None)
-            return gradient, loss, metrics
+            (loss, (metrics, maxima)), gradient = gradient_of(trainable, jax.tree.map(lambda x: x[0], batches), None)
+            return gradient, loss, metrics | _as_metrics(maxima)
 
         # Counts come first, so that each micro-batch's gradient can be divided by the totals as it is made. They do
         # not depend on parameters; the compiler drops the forward pass from this loop.
@@ -99,13 +100,16 @@ class TrainStep:
         totals = tuple(jnp.sum(total) for total in totals)
 
         def accumulate(carry: Any, batch: Any) -> tuple[Any, None]:
-            (loss, metrics), gradient = gradient_of(trainable, batch, totals)
-            return jax.tree.map(jnp.add, carry, (gradient, loss, metrics)), None
+            (loss, (metrics, maxima)), gradient = gradient_of(trainable, batch, totals)
+            sums, largest = carry
+            sums = jax.tree.map(jnp.add, sums, (gradient, loss, metrics))
+            return (sums, jax.tree.map(jnp.maximum, largest, maxima)), None
 
         first = jax.eval_shape(lambda: gradient_of(trainable, jax.tree.map(lambda x: x[0], batches), totals))
-        (loss, metrics), gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        (gradient, loss, metrics), _ = jax.lax.scan(accumulate, (gradient, loss, metrics), batches)
-        return gradient, loss, metrics
+        (loss, (metrics, maxima)), gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        maxima = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), maxima)
+        ((gradient, loss, metrics), maxima), _ = jax.lax.scan(accumulate, ((gradient, loss, metrics), maxima), batches)
+        return gradient, loss, metrics | _as_metrics(maxima)
 
 
 class EvalStep:
@@ -122,10 +126,12 @@ class EvalStep:
     def _metrics(self, params: Params, batches: Any) -> Metrics:
         params = _cast(params, self._dtype)
 
-        def metrics(batch: Any) -> Metrics:
-            return _metrics_of(_terms(self._loss_fn(params, batch)))
+        def metrics(batch: Any) -> tuple[Metrics, Maxima]:
+            terms = _terms(self._loss_fn(params, batch))
+            return _metrics_of(terms), _maxima_of(terms)
 
-        return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(metrics, batches))
+        sums, maxima = jax.lax.map(metrics, batches)
+        return jax.tree.map(lambda x: x.sum(axis=0), sums) | _as_metrics({k: x.max(axis=0) for k, x in maxima.items()})
 
 
 def router_term(router: RouterStats, model: ModelConfig) -> LossOutput:
@@ -150,6 +156,14 @@ def _terms(output: LossOutput | Terms) -> Terms:
 
 def _metrics_of(terms: Terms) -> Metrics:
     return reduce(lambda a, b: a | b, (term.metrics for term in terms), {})
+
+
+def _maxima_of(terms: Terms) -> Maxima:
+    return reduce(lambda a, b: a | b, (term.maxima for term in terms), {})
+
+
+def _as_metrics(maxima: Maxima) -> Metrics:
+    return {name: (value, jnp.ones((), jnp.float32)) for name, value in maxima.items()}
 
 
 def _cast(params: Params, dtype: jnp.dtype) -> Params:
