@@ -131,9 +131,10 @@ def test_clipping_takes_the_gradient_away_and_nothing_else_does() -> None:
     grad = jax.grad(lambda x: gspo_loss(x, old, mask, adv, **eps).sum)(logp)
     assert (grad[:2] == 0).all(), "right but already raised, wrong but already lowered: clipped"
     assert (grad[2:] != 0).all(), "wrong but raised, right but lowered: the pessimistic side stays"
-    metrics = gspo_loss(logp, old, mask, adv, **eps).metrics
-    assert metrics["clip_high"] == (1, 4) and metrics["clip_low"] == (1, 4)
-    assert np.isclose(metrics["ratio_max"][0], np.exp(1e-3), rtol=1e-6)
+    out = gspo_loss(logp, old, mask, adv, **eps)
+    assert out.metrics["clip_high"] == (1, 4) and out.metrics["clip_low"] == (1, 4)
+    assert np.isclose(out.maxima["ratio_max"], np.exp(1e-3), rtol=1e-6)
+    assert np.isclose(out.maxima["ratio_inverse_max"], np.exp(1e-3), rtol=1e-6)
 
 
 def test_on_policy_gradient_is_advantage_over_length() -> None:
