@@ -78,7 +78,7 @@ class SamplingConfig:
             (self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}"),
             (len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} stop tokens, not "
              f"{len(self.stop_token_ids)}"),
-            (self.repeat_window >= 0, f"repeat_window must not be negative: {self.repeat_window}; 0 looks for no cycle"),
+            (self.repeat_window >= 0, f"repeat_window must not be negative: {self.repeat_window}; 0 looks for none"),
             (self.repeat_count >= 2 or not self.repeat_window, "repeat_window needs a repeat_count of at least 2, not "
              f"{self.repeat_count}"),
             (self.repeat_window or not (self.repeat_count or self.repeat_length), "repeat_count and repeat_length do "
@@ -314,9 +314,11 @@ def _decode(
         """Adds token number `step` to every row that is not done."""
         token, logprob = _sample(scores, keys, step, controls, config)
         reason = jnp.any(token[:, None] == controls.stop_token_ids[None], axis=1).astype(jnp.int32)
-        cycles = state.cycles and state.cycles.add(token)
+        cycles = state.cycles
         if cycles is not None:
-            reason = jnp.where((reason == 0) & cycles.found(*controls.repeats), 2, reason)
+            cycles = cycles.add(token)
+            # Never a stop token as well: it would have ended the answer when it first came.
+            reason = jnp.where(cycles.found(*controls.repeats), 2, reason)
         reason = jnp.where(state.done, state.reasons, reason)
         token = jnp.where(state.done, 0, token)
         logprob = jnp.where(state.done, jnp.float32(0), logprob)

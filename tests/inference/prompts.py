@@ -18,7 +18,7 @@ def random_prompt(config: ModelConfig, pieces: list[Any], rng: np.random.Generat
     frames = []
     for piece in pieces:
         if isinstance(piece, int):
-            tokens += rng.integers(0, 250, piece).tolist()
+            tokens += rng.integers(0, min(250, config.image_token_id), piece).tolist()
             continue
         _, height, width = piece
         frames.append((rng.normal(size=(height * width, config.vision.patch_dim)).astype(np.float32), (height, width)))
