@@ -35,7 +35,6 @@ def get_config(size: str = "") -> ConfigDict:
     train.temperature = 1.0
     train.max_new_tokens = 8 if debug else 16
     train.level = "sequence"
-    train.normalize_deviation = True
     # Answers are a few tokens long: the ratio of a whole answer moves by percents in an update. The 3e-4 and 4e-4 of
     # long answers would clip nearly all of them.
     train.eps_low = 0.2
@@ -46,11 +45,43 @@ def get_config(size: str = "") -> ConfigDict:
     train.checkpoint_every = 1 if debug else 20
     train.evaluate_every = 0
 
+    # Every part of the method has its switch here; all but plain GSPO are off.
+    train.dual_clip = 0.0
+    train.kl = "none"
+    train.kl_coefficient = 0.0
+    train.exclude_cut = "none"
+    train.show_every = 0 if debug else 10
+
     train.reward = reward = ConfigDict()
     reward.correct = 1.0
     reward.length = 0.0
     reward.max_length = 0
     reward.soft_length = 0
+    reward.redundant = 0.0
+
+    train.advantage = advantage = ConfigDict()
+    advantage.pass_at_k = 0.0  # share of the steps, e.g. 0.4
+    advantage.k = 2 if debug else 4
+    advantage.entropy_switch = 0.0
+    advantage.estimator = "group"  # rloo, batch, diversity
+    advantage.normalize_deviation = True
+    advantage.diversity_mode = "pairwise"
+
+    train.off_policy = off_policy = ConfigDict()
+    off_policy.level = "none"  # sequence or geometric; token with train.level = "token"
+    off_policy.mode = "truncate"
+    off_policy.cap = 2.0
+
+    train.rollout = rollout = ConfigDict()
+    rollout.engine = "native"  # or vllm
+    rollout.weights = "full"  # int8, fp8
+    rollout.overlap = False
+    rollout.repeat_window = 0
+    rollout.repeat_count = 0
+    rollout.repeat_length = 0
+
+    train.oversample = oversample = ConfigDict()
+    oversample.largest = 1.0  # 3.0: up to three times the prompts, the most balanced groups are trained
 
     train.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"

@@ -21,7 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# What an experiment's `config.kind` runs: "module:function", called with (config, workdir).
+# What an experiment's `config.kind` runs: "module:function", called with (config, workdir), and for "rl" with what it
+# must not import.
 KINDS = {
     "pipeline": "mindjax.pipeline:run",
     "sft": "mindjax.sft.train:main",
@@ -166,8 +167,27 @@ def run_experiment(arguments: argparse.Namespace, rest: list[str]) -> int:
     workdir = arguments.workdir or Path("runs") / "-".join(filter(None, [Path(name).stem, size]))
     prepare_workdir(workdir, config, change_config=arguments.change_config)
     module, function = KINDS[kind].split(":")
-    getattr(importlib.import_module(module), function)(config, workdir)
+    options = {"engines": {"vllm": vllm_engine}, "load_classifier": load_classifier} if kind == "rl" else {}
+    getattr(importlib.import_module(module), function)(config, workdir, **options)
+    if kind == "rl":
+        from mindjax.evaluation import rollouts
+
+        print(f"what the policy said, and its curves: {rollouts.write(workdir)}")
     return 0
+
+
+def vllm_engine(*arguments: Any) -> Any:
+    """A `mindjax.rl.engine.RolloutEngine` over vLLM; imported when a run asks for it."""
+    from mindjax.interop import vllm_rollout
+
+    return vllm_rollout.make_engine(*arguments)
+
+
+def load_classifier(folder: str) -> Any:
+    """The classifier of a distance between answers; imported when a run asks for it."""
+    from mindjax.interop import pair_classifier
+
+    return pair_classifier.load(folder)
 
 
 def prepare_workdir(workdir: Path, config: Any, *, change_config: bool) -> None:

@@ -6,20 +6,24 @@ P prompts, N answers each, B rows, T tokens in a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mindjax.config import ModelConfig
 from mindjax.data.packing import BatchShape, SampleSize, pack
 from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered, append_completion, render
-from mindjax.inference.sampler import SamplingConfig, generate, prompt_shape, sampling_keys
-from mindjax.rl.rewards import RewardFn, total
-from mindjax.types import Array, Batch, Completion, Sample
+from mindjax.inference.sampler import SamplingConfig, prompt_shape, sampling_keys
+from mindjax.models.vision import VisionFeatures
+from mindjax.rl.engine import NativeEngine, Pictures, Request, RolloutEngine
+from mindjax.rl.rewards import Rewarder, Scored
+from mindjax.types import Array, Batch, Completion, Sample, Segment, Trajectory
 
 Params = dict[str, Any]
 
@@ -32,11 +36,27 @@ class Prompt:
       index: its place in the data set, part of the sampling keys.
       sample: what rewards look at.
       rendered: the conversation without its last reply, ready to be continued.
+      images: its pictures in order.
     """
 
     index: int
     sample: Sample
     rendered: Rendered
+    images: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, index: int, sample: Sample, processor: Processor) -> Prompt:
+        """The sample's conversation up to its last reply, which is left out, with the header of a new one.
+
+        Raises:
+          ValueError: nothing is left to answer.
+        """
+        messages = sample.messages[:-1] if sample.messages[-1].get("role") == "assistant" else sample.messages
+        if not messages:
+            raise ValueError(f"sample {sample.id!r} holds no message to answer")
+        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        images = tuple(part.get("image", part.get("path")) for part in parts if part["type"] == "image")
+        return cls(index, sample, render(messages, processor, add_generation_prompt=True), images)
 
 
 @dataclass(frozen=True)
@@ -45,27 +65,15 @@ class Group:
 
     Attributes:
       prompt: what was asked.
-      completions: [N] what was sampled.
-      texts: [N] the same, see `reply_text`.
+      trajectories: [N] what came of it.
       parts: [N] rewards by name.
-      rewards: [N] their weighted sums.
+      scores: [N] the same, weighted.
     """
 
     prompt: Prompt
-    completions: tuple[Completion, ...]
-    texts: tuple[str, ...]
-    parts: tuple[Mapping[str, float], ...]
-    rewards: tuple[float, ...]
-
-    @property
-    def correct(self) -> np.ndarray:
-        """[N] 0 or 1."""
-        return np.asarray([part["correct"] for part in self.parts], np.float32)
-
-    @property
-    def informative(self) -> bool:
-        """Whether there are right and wrong answers to learn from; other rewards do not count."""
-        return bool((self.correct != self.correct[0]).any())
+    trajectories: tuple[Trajectory, ...]
+    parts: tuple[dict[str, float], ...]
+    scores: tuple[Scored, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +88,9 @@ class PolicyBatch:
       logp_rollout: [B, T] float32, as reported by the sampler.
       logp_old: [B, T] float32, of the trainer's own forward before the first update on this rollout; None where that
         is the only update, and the log-probabilities being trained are the old ones.
+      logp_reference: [B, T] float32, of the policy that the KL term holds on to; None without one.
+      vision_features: of the pictures in `batch.vision`'s layout, where they have been encoded before; `batch.vision`
+        is None then.
     """
 
     batch: Batch
@@ -87,55 +98,89 @@ class PolicyBatch:
     advantages: Array
     logp_rollout: Array
     logp_old: Array | None = None
+    logp_reference: Array | None = None
+    vision_features: VisionFeatures | None = None
 
 
-def render_prompt(sample: Sample, processor: Processor) -> Rendered:
-    """The sample's conversation up to its last reply, which is left out, with the header of a new one.
+@dataclass(frozen=True)
+class Rollout:
+    """The groups of one step.
 
-    Raises:
-      ValueError: nothing is left to answer.
+    Attributes:
+      groups: in the order that they were asked.
+      pictures: of their prompts, where they were encoded to be trained on too.
+      sampling_seconds, reward_seconds: what it took.
     """
-    messages = sample.messages[:-1] if sample.messages[-1].get("role") == "assistant" else sample.messages
-    if not messages:
-        raise ValueError(f"sample {sample.id!r} holds no message to answer")
-    return render(messages, processor, add_generation_prompt=True)
+
+    groups: tuple[Group, ...]
+    pictures: Pictures | None
+    sampling_seconds: float
+    reward_seconds: float
+
+
+# Plays the conversations of prompts with an environment: `num_samples` trajectories each.
+Play = Callable[[RolloutEngine, Sequence[Prompt], SamplingConfig, int, int], list[list[Trajectory]]]
 
 
 def roll_out(
-    params: Params,
-    config: ModelConfig,
+    engine: RolloutEngine,
     processor: Processor,
     prompts: Sequence[Prompt],
     *,
     sampling: SamplingConfig,
     seed: int,
     step: int,
-    rewards: RewardFn,
-    weights: Mapping[str, float],
-    shape: BatchShape,
-) -> list[Group]:
+    rewarder: Rewarder,
+    play: Play | None = None,
+    keep_pictures: bool = False,
+) -> Rollout:
     """Samples `sampling.num_samples` answers to each prompt and scores them.
 
     Args:
-      params, config, processor: the policy.
+      engine: holds the policy.
+      processor: decodes.
       prompts: in any order; an answer depends on (seed, step, prompt index, its number) and the parameters alone.
       sampling: see `SamplingConfig`; temperature 1 or that of training, without top_k and top_p.
       seed, step: of the run, for the keys.
-      rewards, weights: see `mindjax.rl.rewards`.
-      shape: of a prefill batch, see `prompt_shape`.
+      rewarder: scores.
+      play: for conversations of several turns; None for a single answer.
+      keep_pictures: whether the trainer wants the features of the pictures, with a native engine and single answers.
     """
-    keys = sampling_keys(seed, step, [prompt.index for prompt in prompts], sampling.num_samples)
-    rendered = [prompt.rendered for prompt in prompts]
-    answers = generate(params, config, rendered, sampling=sampling, keys=keys, shape=shape)
-    groups = []
-    for prompt, completions in zip(prompts, answers, strict=True):
-        texts = [reply_text(c, processor) for c in completions]
-        parts = [
-            dict(rewards(prompt.sample, text, len(c.token_ids))) for text, c in zip(texts, completions, strict=True)
+    began, pictures = time.monotonic(), None
+    if play is None:
+        keys = sampling_keys(seed, step, [prompt.index for prompt in prompts], sampling.num_samples)
+        requests = [Request(prompt.rendered, prompt.images) for prompt in prompts]
+        if keep_pictures and isinstance(engine, NativeEngine):
+            pictures = engine.encode(requests)
+            answers = engine.generate(requests, sampling, keys, pictures)
+        else:
+            answers = engine.generate(requests, sampling, keys)
+        played = [
+            [single_turn(prompt.rendered, completion, processor) for completion in completions]
+            for prompt, completions in zip(prompts, answers, strict=True)
         ]
-        scores = tuple(total(part, weights) for part in parts)
-        groups.append(Group(prompt, tuple(completions), tuple(texts), tuple(parts), scores))
-    return groups
+    else:
+        played = play(engine, prompts, sampling, seed, step)
+    sampled = time.monotonic()
+    groups = []
+    for prompt, trajectories in zip(prompts, played, strict=True):
+        parts = tuple(rewarder.parts(trajectory, prompt.sample) for trajectory in trajectories)
+        scores = tuple(rewarder.combine(part, prompt.sample) for part in parts)
+        groups.append(Group(prompt, tuple(trajectories), parts, scores))
+    return Rollout(tuple(groups), pictures, sampled - began, time.monotonic() - sampled)
+
+
+# What `Completion.finish_reason` says of a trajectory.
+FLAG_OF_FINISH = {"stop": (), "length": ("cut",), "redundant": ("redundant",)}
+
+
+def single_turn(prompt: Rendered, completion: Completion, processor: Processor) -> Trajectory:
+    """One answer as a trajectory."""
+    segment = Segment("policy", reply_text(completion, processor), completion.token_ids, completion.logprobs)
+    logprobs = np.zeros(len(prompt.tokens) + len(completion.token_ids), np.float32)
+    logprobs[len(prompt.tokens) :] = completion.logprobs
+    flags = frozenset(FLAG_OF_FINISH[completion.finish_reason])
+    return Trajectory((segment,), append_completion(prompt, completion.token_ids), logprobs, flags)
 
 
 def reply_text(completion: Completion, processor: Processor) -> str:
@@ -174,25 +219,66 @@ def policy_shape(
     )
 
 
-def pack_responses(
-    responses: Sequence[tuple[Rendered, Completion, float]], shape: BatchShape, per_row: int
-) -> PolicyBatch:
+@dataclass(frozen=True)
+class Response:
+    """A trajectory on its way into a micro-batch.
+
+    Attributes:
+      trajectory: what was sampled.
+      advantage: of all its tokens.
+      counts: whether it has a part in the loss.
+      picture_rows: of its prompt, in the table of `Pictures`; None without one.
+    """
+
+    trajectory: Trajectory
+    advantage: float
+    counts: bool = True
+    picture_rows: np.ndarray | None = None
+
+
+def pack_responses(responses: Sequence[Response], shape: BatchShape, per_row: int) -> tuple[PolicyBatch, np.ndarray]:
     """Lays answers, each after its prompt, into rows of `per_row`; what was sampled is trained on token by token.
 
     Args:
-      responses: (prompt, completion, advantage), those of one prompt side by side; at most `shape.rows * per_row`.
+      responses: those of one prompt side by side; at most `shape.rows * per_row`.
       shape: from `policy_shape`.
       per_row: responses in a row.
+
+    Returns:
+      (the batch, [M] int32: for each merged vision token of the batch, its row in the table of `Pictures`).
     """
-    full = [append_completion(prompt, completion.token_ids) for prompt, completion, _ in responses]
+    full = [response.trajectory.rendered for response in responses]
     batch = pack([full[start : start + per_row] for start in range(0, len(full), per_row)], shape)
     response_ids: Any = np.zeros(batch.tokens.shape, np.int32)
     logp_rollout: Any = np.zeros(batch.tokens.shape, np.float32)
     advantages: Any = np.zeros(shape.rows * per_row, np.float32)
-    for number, (_, completion, advantage) in enumerate(responses):
+    sources: Any = np.zeros(shape.vision_rows * shape.vision_length // shape.merge_size**2, np.int32)
+    loss_mask, vision_index = np.asarray(batch.loss_mask), np.asarray(batch.vision_index)
+    for number, response in enumerate(responses):
         row, segment = divmod(number, per_row)
-        sampled = (np.asarray(batch.segment_ids[row]) == segment + 1) & (np.asarray(batch.loss_mask[row]) > 0)
+        mine = np.asarray(batch.segment_ids[row]) == segment + 1
+        if response.picture_rows is not None:
+            sources[vision_index[row, mine & (vision_index[row] >= 0)]] = response.picture_rows
+        sampled = mine & (loss_mask[row] > 0)
+        if not response.counts:
+            loss_mask[row, sampled] = 0.0
+            continue
         response_ids[row, sampled] = number + 1
-        logp_rollout[row, sampled] = completion.logprobs
-        advantages[number] = advantage
-    return PolicyBatch(batch, response_ids, advantages, logp_rollout)
+        logp_rollout[row, sampled] = response.trajectory.logprobs[response.trajectory.rendered.loss_mask > 0]
+        advantages[number] = response.advantage
+    return PolicyBatch(batch, response_ids, advantages, logp_rollout), sources
+
+
+def read_pictures(policy: PolicyBatch, pictures: Pictures, sources: np.ndarray) -> PolicyBatch:
+    """The stacked micro-batches with features of the table in the place of patches.
+
+    Args:
+      policy: stacked, leaves [micro_batches, ...].
+      sources: [micro_batches, M], see `pack_responses`.
+    """
+    return replace(policy, batch=replace(policy.batch, vision=None), vision_features=_gather(pictures.table, sources))
+
+
+@jax.jit
+def _gather(table: VisionFeatures, sources: Array) -> VisionFeatures:
+    return VisionFeatures(table.tokens[sources], jnp.moveaxis(table.deepstack[:, sources], 1, 0))

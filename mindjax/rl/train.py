@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,147 +18,46 @@ import numpy as np
 
 from mindjax.config import ModelConfig
 from mindjax.data.loader import fingerprint
-from mindjax.data.packing import BatchShape, epoch_order, size_of
+from mindjax.data.packing import size_of
 from mindjax.data.processor import Processor
-from mindjax.data.render import Rendered
 from mindjax.data.samples import DataConfig
 from mindjax.experiment import to_dataclass
 from mindjax.inference.generate import stop_token_ids
-from mindjax.inference.sampler import SamplingConfig, prompt_shape
-from mindjax.losses.gspo import gspo_loss
-from mindjax.models import qwen3_vl
-from mindjax.rl import advantages
-from mindjax.rl.rewards import RewardConfig
-from mindjax.rl.rollout import Group, PolicyBatch, Prompt, pack_responses, policy_shape, render_prompt, roll_out
+from mindjax.inference.sampler import SamplingConfig
+from mindjax.losses.off_policy import with_pearson
+from mindjax.rl import advantages, schedule
+from mindjax.rl.config import FREE_TO_CHANGE, RLConfig
+from mindjax.rl.distance import PairClassifier
+from mindjax.rl.engine import NativeEngine, Pictures, RolloutEngine
+from mindjax.rl.objective import GSPOLoss, trainer_logprobs
+from mindjax.rl.rewards import Rewarder
+from mindjax.rl.rollout import (
+    Group,
+    Play,
+    PolicyBatch,
+    Prompt,
+    Response,
+    Rollout,
+    pack_responses,
+    policy_shape,
+    read_pictures,
+    roll_out,
+)
+from mindjax.rl.schedule import PASS_AT_K, Position
+from mindjax.rl.show import show
 from mindjax.train.folder import export, open_model
 from mindjax.train.loop import NotFiniteError, Run, TrainResult, save_bad_batch
-from mindjax.train.optimizer import OptimizerConfig, learning_rate
+from mindjax.train.optimizer import learning_rate, multipliers
 from mindjax.train.state import TrainState
-from mindjax.train.step import Terms, router_term, train_step
-from mindjax.types import Array, LossOutput, Sample
-from sharding.remat import Remat
+from mindjax.train.step import train_step
+from mindjax.types import Array, Sample
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 Params = dict[str, Any]
-
-
-def frozen_vision() -> OptimizerConfig:
-    """A constant small learning rate for the language model alone."""
-    return OptimizerConfig(learning_rate=1e-5, schedule="constant", multipliers=(("^vision", 0.0), (".*", 1.0)))
-
-
-@dataclass(frozen=True)
-class RLConfig:
-    """One run of GSPO.
-
-    Attributes:
-      steps: rollouts, each followed by its updates.
-      prompts_per_step: drawn without repetition inside an epoch.
-      samples_per_prompt: answers to each, the group that advantages compare.
-      updates_per_rollout: the rollout's prompts are split over so many updates, one after the other.
-      micro_batches: of an update, accumulated exactly.
-      responses_per_row: packed into a row of a micro-batch.
-      eps_low, eps_high: of the clip; sequence ratios lie close to 1, and answers of a few tokens need larger ones
-        than the defaults, which are the GSPO paper's for long answers.
-      level: "sequence" or "token", see `gspo_loss`.
-      normalize_deviation: see `advantages.group`.
-      temperature: of sampling, and of the log-probabilities that are trained.
-      max_new_tokens: of an answer.
-      reward: see `RewardConfig`.
-      optimizer: see `OptimizerConfig`; the vision encoder is frozen by default.
-      remat: what a block keeps for its backward pass, see `sharding.remat`.
-      dtype: of the computation, in rollouts too; parameters and optimizer stay float32.
-      seed: of the order of prompts and of the sampling.
-      checkpoint_every: steps; 0 saves at the end alone.
-      keep_checkpoints: how many stay.
-      evaluate_every: steps between calls of `evaluate`; 0 calls it at the end alone.
-    """
-
-    steps: int = 100
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
-    updates_per_rollout: int = 1
-    micro_batches: int = 1
-    responses_per_row: int = 1
-    eps_low: float = 3e-4
-    eps_high: float = 4e-4
-    level: Literal["sequence", "token"] = "sequence"
-    normalize_deviation: bool = True
-    temperature: float = 1.0
-    max_new_tokens: int = 64
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    optimizer: OptimizerConfig = field(default_factory=frozen_vision)
-    remat: Remat = "none"
-    dtype: str = "float32"
-    seed: int = 0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    evaluate_every: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError("rl: temperature must be positive; greedy answers of a prompt are all the same")
-        if self.samples_per_prompt < 2:
-            raise ValueError("rl: samples_per_prompt must be at least 2, advantages compare the answers to a prompt")
-        if self.prompts_per_step % self.updates_per_rollout:
-            raise ValueError(
-                f"rl: {self.prompts_per_step} prompts_per_step cannot be split over {self.updates_per_rollout} updates"
-            )
-        if self.responses_per_update % (self.micro_batches * self.responses_per_row):
-            raise ValueError(
-                f"rl: {self.responses_per_update} responses of an update cannot be split into {self.micro_batches} "
-                f"micro_batches of rows of {self.responses_per_row}"
-            )
-
-    @property
-    def responses_per_update(self) -> int:
-        return self.prompts_per_step // self.updates_per_rollout * self.samples_per_prompt
-
-
-# What may change when a run is resumed; all else is part of its identity.
-FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "evaluate_every", "remat")
-
-
-@dataclass(frozen=True)
-class GSPOLoss:
-    """Packed answers to loss terms; equal ones share a compiled step."""
-
-    model: ModelConfig
-    eps_low: float
-    eps_high: float
-    level: Literal["sequence", "token"]
-    temperature: float
-    remat: Remat
-
-    def __call__(self, params: Params, policy: PolicyBatch) -> Terms:
-        out = qwen3_vl.token_logprobs(params, self.model, policy.batch, temperature=self.temperature, remat=self.remat)
-        mask = policy.batch.loss_mask
-        # The first update on a rollout is on policy: its own log-probabilities are the old ones, exactly.
-        old = jax.lax.stop_gradient(out.logp) if policy.logp_old is None else policy.logp_old
-        loss = gspo_loss(
-            out.logp,
-            old,
-            mask,
-            policy.advantages,
-            eps_low=self.eps_low,
-            eps_high=self.eps_high,
-            level=self.level,
-            response_ids=policy.response_ids,
-            num_responses=policy.advantages.shape[0],
-        )
-        tokens = mask.sum()
-        difference = (old - policy.logp_rollout) * mask
-        metrics = {
-            "policy_loss": (jax.lax.stop_gradient(loss.sum), loss.count),
-            "entropy": ((jax.lax.stop_gradient(out.entropy) * mask).sum(), tokens),
-            # Between the sampler and the trainer on the same parameters: rounding, or a bug.
-            "rollout_difference": (jnp.abs(difference).sum(), tokens),
-            "rollout_kl": ((jnp.expm1(difference) - difference).sum(), tokens),
-        }
-        main = LossOutput(loss.sum, loss.count, {**loss.metrics, **metrics})
-        return (main,) if out.router is None else (main, router_term(out.router, self.model))
+# In the progress line, in this order.
+SHOWN = ("reward", "pass@1", "pass@n", "informative", "entropy", "length", "clip_low", "clip_high", "rollout_kl")
 
 
 def train(
@@ -169,6 +70,9 @@ def train(
     *,
     name: str = "gspo",
     evaluate: Callable[[Params], dict[str, float]] | None = None,
+    engine: RolloutEngine | None = None,
+    play: Play | None = None,
+    load_classifier: Callable[[str], PairClassifier] | None = None,
 ) -> TrainResult:
     """Runs GSPO to its end, from the newest checkpoint in `workdir` if there is one.
 
@@ -178,9 +82,12 @@ def train(
       params: where it starts; they stay valid.
       samples: with answers; a last assistant message is the reference reply and is not shown to the policy.
       processor: renders prompts and decodes answers.
-      workdir: for metrics, checkpoints and TensorBoard.
+      workdir: for metrics, rollouts to look at, checkpoints and TensorBoard.
       name: first in the progress line.
       evaluate: called with the parameters; its values are written beside the step's.
+      engine: samples the answers; the caller closes it. None samples in this process.
+      play: for conversations of several turns; None asks for one answer.
+      load_classifier: opens the folder of a distance of kind "classifier".
 
     Raises:
       ValueError: fewer samples than `prompts_per_step`, samples without an answer, a checkpoint of another
@@ -191,10 +98,10 @@ def train(
     began, workdir = time.monotonic(), Path(workdir)
     if len(samples) < config.prompts_per_step:
         raise ValueError(f"rl: {config.prompts_per_step} prompts_per_step, but there are only {len(samples)} samples")
-    prompts = [Prompt(i, sample, render_prompt(sample, processor)) for i, sample in enumerate(samples)]
-    loop = _Loop.build(config, model, processor, prompts)
+    prompts = [Prompt.of(i, sample, processor) for i, sample in enumerate(samples)]
+    free = [name for name in FREE_TO_CHANGE if not (name == "checkpoint_every" and config.rollout.overlap)]
     identity = {
-        "rl": {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE},
+        "rl": {key: value for key, value in asdict(config).items() if key not in free},
         "model": asdict(model),
         "data": {
             "prompts": fingerprint([prompt.rendered for prompt in prompts]),
@@ -203,7 +110,7 @@ def train(
     }
     state = TrainState.create(params, config.optimizer, jax.random.key(config.seed))
     total, tokens, last = config.steps, 0, {}
-    with Run(
+    run = Run(
         workdir,
         identity,
         state,
@@ -212,45 +119,70 @@ def train(
         checkpoint_every=config.checkpoint_every,
         keep=config.keep_checkpoints,
         updates_per_step=config.updates_per_rollout,
-    ) as run:
+    )
+    with run, _Loop(config, model, params, processor, prompts, workdir, engine, play, load_classifier) as loop:
         state, done = run.state, run.done
+        loop.position = Position(**run.extra.get("position", {}))
         while done < total:
-            state, values, count = loop.step(state, done, workdir)
+            ends = run.due(done + 1)  # what is sampled next is to come from what is saved now
+            state, values, count = loop.step(state, done, ahead=config.rollout.overlap and not ends)
             done, tokens = done + 1, tokens + count
             last = {**values, "tokens": count, "seconds": time.monotonic() - began}
             if evaluate and (done == total or (config.evaluate_every and done % config.evaluate_every == 0)):
                 last |= evaluate(state.params)
             run.writer.write(done, last)
-            shown = ("reward", "pass@1", "informative", "entropy", "length", "clip_low", "clip_high", "rollout_kl")
-            run.progress.update(done, {key: last[key] for key in shown}, count)
+            run.progress.update(done, {key: last[key] for key in SHOWN}, count)
             if run.saves_after(done):
-                run.save(done, state)
+                run.save(done, state, {"position": asdict(loop.position)})
     return TrainResult(state.params, done, time.monotonic() - began, tokens, last)
 
 
 @dataclass(frozen=True)
-class _Loop:
-    """What stays the same over the steps of a run."""
+class _Ahead:
+    """A rollout under way.
 
-    config: RLConfig
-    model: ModelConfig
-    processor: Processor
-    prompts: Sequence[Prompt]
-    sampling: SamplingConfig
-    prefill: BatchShape
-    shape: BatchShape
-    loss: GSPOLoss
+    Attributes:
+      rollout: what comes of it.
+      position: where the run stands once it has been used.
+      version: steps that its weights had seen.
+      transfer_seconds: it took to give the engine the weights.
+    """
 
-    @classmethod
-    def build(cls, config: RLConfig, model: ModelConfig, processor: Processor, prompts: Sequence[Prompt]) -> _Loop:
+    rollout: Future[Rollout]
+    position: Position
+    version: int
+    transfer_seconds: float
+
+
+class _Loop(ExitStack):
+    """What stays the same over the steps of a run, and where the run stands."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        model: ModelConfig,
+        params: Params,
+        processor: Processor,
+        prompts: Sequence[Prompt],
+        workdir: Path,
+        engine: RolloutEngine | None,
+        play: Play | None,
+        load_classifier: Callable[[str], PairClassifier] | None,
+    ):
+        super().__init__()
+        self.config, self.model, self.processor, self.prompts = config, model, processor, prompts
+        self.workdir, self.play, self.position = workdir, play, Position()
         sizes = [size_of(prompt.rendered) for prompt in prompts]
-        sampling = SamplingConfig(
+        self.sampling = SamplingConfig(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             num_samples=config.samples_per_prompt,
             stop_token_ids=stop_token_ids(processor),
+            repeat_window=config.rollout.repeat_window,
+            repeat_count=config.rollout.repeat_count,
+            repeat_length=config.rollout.repeat_length,
         )
-        shape = policy_shape(
+        self.shape = policy_shape(
             sizes,
             model,
             responses=config.responses_per_update // config.micro_batches,
@@ -258,34 +190,49 @@ class _Loop:
             per_row=config.responses_per_row,
             max_new_tokens=config.max_new_tokens,
         )
-        loss = GSPOLoss(model, config.eps_low, config.eps_high, config.level, config.temperature, config.remat)
-        prefill = prompt_shape(sizes, config.prompts_per_step, model)
-        return cls(config, model, processor, prompts, sampling, prefill, shape, loss)
+        self.loss = GSPOLoss.of(config, model)
+        if engine is None:
+            engine = NativeEngine(model, sizes, config.rollout, rows=schedule.draw_unit(config))
+            self.callback(engine.close)
+        self.engine = engine
+        self.rewarder: Rewarder = config.reward.build(config.max_new_tokens)
+        self.callback(self.rewarder.close)
+        diverse = config.advantage.estimator == "diversity"
+        self.distance = config.advantage.distance.build(load_classifier) if diverse else None
+        # What trains must see every update through itself; only a frozen encoder's features stay true.
+        factors = jax.tree.leaves(multipliers(config.optimizer, params)["vision"])
+        self.keep_pictures = not any(factors)
+        self.reference = _copy(params, config.dtype) if config.kl != "none" else None
+        self.thread = self.enter_context(ThreadPoolExecutor(1, "rollout"))
+        self.ahead: _Ahead | None = None
 
-    def step(self, state: TrainState, number: int, workdir: Path) -> tuple[TrainState, dict[str, float], int]:
-        """One rollout and its updates: (new state, metrics, tokens that passed the trainer)."""
-        config, began = self.config, time.monotonic()
+    def step(self, state: TrainState, number: int, *, ahead: bool) -> tuple[TrainState, dict[str, float], int]:
+        """One rollout and its updates: (new state, metrics, tokens that passed the trainer).
+
+        Args:
+          number: of the step, from 0.
+          ahead: whether to sample the next step's answers meanwhile.
+        """
+        config = self.config
         params = _cast(state.params, config.dtype)
-        groups = roll_out(
-            params,
-            self.model,
-            self.processor,
-            self.choose(number),
-            sampling=self.sampling,
-            seed=config.seed,
-            step=number,
-            rewards=config.reward.function(config.max_new_tokens),
-            weights=config.reward.weights(),
-            shape=self.prefill,
-        )
-        rewards = np.asarray([group.rewards for group in groups])
-        scores = advantages.group(rewards, normalize_deviation=config.normalize_deviation)
-        batches = self.pack(groups, scores)
-        if config.updates_per_rollout > 1:
-            old = partial(_old_logprobs, model=self.model, temperature=config.temperature, remat=config.remat)
-            batches = [replace(batch, logp_old=old(params, batch.batch)) for batch in batches]
+        rolling, self.ahead = self.ahead or self.start(params, number, number), None
+        rollout = rolling.rollout.result()
+        phase = schedule.phase(config, self.position, number)
+        correct = np.asarray([[part["correct"] for part in group.parts] for group in rollout.groups])
+        informative = schedule.informative(correct, config.advantage, phase)
+        ratio = schedule.next_ratio(config.oversample, self.position.ratio, informative)
+        self.position = replace(rolling.position, ratio=ratio, switched=self.position.switched)
+        if ahead:
+            # The update gives its buffers away; the engine keeps a copy of its own.
+            self.ahead = self.start(_copy(params, config.dtype), number + 1, number)
+        chosen = schedule.most_balanced(correct, informative, config.prompts_per_step)
+        groups = [rollout.groups[i] for i in chosen]
+        scores = self.advantages(groups, phase)
+        batches = self.pack(groups, scores, rollout.pictures, chosen)
+        began = time.monotonic()
+        batches = self.with_logprobs(params, batches)
+        compared = time.monotonic()
         del params
-        rolled = time.monotonic()
 
         step = train_step(self.loss, config.optimizer, config.dtype)
         collected = []
@@ -298,58 +245,142 @@ class _Loop:
         for batch, metrics in zip(batches, jax.device_get(collected), strict=True):
             one = {key: float(a) / max(float(b), 1.0) for key, (a, b) in metrics.items()}
             if not np.isfinite([one["loss"], one["grad_norm"]]).all():
-                raise NotFiniteError(save_bad_batch(workdir, number + 1, one, batch, rate))
-            for key, value in one.items():
+                raise NotFiniteError(save_bad_batch(self.workdir, number + 1, one, batch, rate))
+            for key, value in with_pearson(one).items():
                 values.setdefault(key, []).append(value)
-        ended = time.monotonic()
+        updated = time.monotonic()
+        trained = {key: float(np.mean(value)) for key, value in values.items()}
+        if phase == PASS_AT_K and trained["entropy"] < config.advantage.entropy_switch:
+            self.position = replace(self.position, switched=True)
+        if number in (0, config.steps - 1) or (config.show_every and (number + 1) % config.show_every == 0):
+            show(self.workdir, number + 1, groups, scores)
         return (
             state,
             {
-                **summary(groups, config.max_new_tokens),
-                **{key: float(np.mean(value)) for key, value in values.items()},
+                **summary(rollout.groups, config.max_new_tokens),
+                **self.rewarder.counters(),
+                **trained,
+                "informative": float(np.mean(informative)),
+                "trained_informative": float(np.mean(informative[chosen])),
+                "oversample": len(rollout.groups) / config.prompts_per_step,
+                "phase": float(phase),
+                "staleness": float(number - rolling.version),
                 "learning_rate": rate,
-                "rollout_seconds": rolled - began,
-                "update_seconds": ended - rolled,
+                "rollout_seconds": rollout.sampling_seconds,
+                "reward_seconds": rollout.reward_seconds,
+                "logprob_seconds": compared - began,
+                "update_seconds": updated - compared,
+                "transfer_seconds": rolling.transfer_seconds,
             },
             int(sum((np.asarray(batch.batch.segment_ids) > 0).sum() for batch in batches)),
         )
 
-    def choose(self, number: int) -> list[Prompt]:
-        """The prompts of a step: an epoch is a shuffle of all, less what does not fill a step."""
-        per_step = self.config.prompts_per_step
-        epoch, place = divmod(number, len(self.prompts) // per_step)
-        order = epoch_order(len(self.prompts), seed=self.config.seed, epoch=epoch)
-        return [self.prompts[i] for i in order[place * per_step : (place + 1) * per_step]]
+    def start(self, params: Params, number: int, version: int) -> _Ahead:
+        """Gives the engine the weights and lets it sample the answers of step `number`."""
+        began = time.monotonic()
+        self.engine.update(params, version)
+        updated = time.monotonic()
+        places, position = schedule.draw(self.config, self.position, len(self.prompts))
+        rollout = self.thread.submit(
+            roll_out,
+            self.engine,
+            self.processor,
+            [self.prompts[i] for i in places],
+            sampling=self.sampling,
+            seed=self.config.seed,
+            step=number,
+            rewarder=self.rewarder,
+            play=self.play,
+            keep_pictures=self.keep_pictures,
+        )
+        return _Ahead(rollout, position, version, updated - began)
 
-    def pack(self, groups: Sequence[Group], scores: np.ndarray) -> list[PolicyBatch]:
-        """For each update, its micro-batches stacked."""
-        config = self.config
-        responses: list[tuple[Rendered, Any, float]] = [
-            (group.prompt.rendered, completion, float(score))
-            for group, row in zip(groups, scores, strict=True)
-            for completion, score in zip(group.completions, row, strict=True)
+    def advantages(self, groups: Sequence[Group], phase: int) -> np.ndarray:
+        """[G, N] float32."""
+        config = self.config.advantage
+        total = np.asarray([[score.total for score in group.scores] for group in groups])
+        correct = np.asarray([[score.correct for score in group.scores] for group in groups])
+        shaping = np.asarray([[score.shaping for score in group.scores] for group in groups])
+        exclude = {
+            "exclude_from_stats": self.excluded(groups, "stats"),
+            "exclude_from_loss": self.excluded(groups, "loss"),
+        }
+        if phase == PASS_AT_K:
+            binary = np.asarray([[part["correct"] for part in group.parts] for group in groups])
+            return advantages.pass_at_k(binary, config.k, **exclude) + advantages.centred(shaping, **exclude)
+        if config.estimator == "group":
+            return advantages.group(total, normalize_deviation=config.normalize_deviation, **exclude)
+        if config.estimator == "rloo":
+            return advantages.rloo(total, **exclude)
+        if config.estimator == "batch":
+            return advantages.batch(total, **exclude)
+        assert self.distance is not None
+        distance = np.stack([self.distance([t.text for t in group.trajectories]) for group in groups])
+        factor = advantages.diversity_factor(
+            distance, config.diversity_mode, exclude_from_stats=exclude["exclude_from_stats"]
+        )
+        return advantages.centred(correct * factor + shaping, **exclude)
+
+    def excluded(self, groups: Sequence[Group], what: str) -> np.ndarray:
+        """[G, N] which trajectories do not count in "loss" or "stats"."""
+        flags = [
+            flag
+            for flag, where in (("cut", self.config.exclude_cut), ("overturn", self.config.exclude_overturn))
+            if where in (what, "both")
+        ]
+        return np.asarray([[not t.flags.isdisjoint(flags) for t in group.trajectories] for group in groups])
+
+    def pack(
+        self, groups: Sequence[Group], scores: np.ndarray, pictures: Pictures | None, places: Sequence[int]
+    ) -> list[PolicyBatch]:
+        """For each update, its micro-batches stacked; `places` are those of the groups among the requests."""
+        config, excluded = self.config, self.excluded(groups, "loss")
+        rows = [None if pictures is None else pictures.rows[place] for place in places]
+        responses = [
+            Response(trajectory, float(scores[g, n]), not excluded[g, n], rows[g])
+            for g, group in enumerate(groups)
+            for n, trajectory in enumerate(group.trajectories)
         ]
         size = config.responses_per_update // config.micro_batches
         packed = [
             pack_responses(responses[start : start + size], self.shape, config.responses_per_row)
             for start in range(0, len(responses), size)
         ]
-        m = config.micro_batches
-        return [jax.tree.map(lambda *x: np.stack(x), *packed[i : i + m]) for i in range(0, len(packed), m)]
+        updates = []
+        for first in range(0, len(packed), config.micro_batches):
+            policy, sources = jax.tree.map(lambda *x: np.stack(x), *packed[first : first + config.micro_batches])
+            updates.append(policy if pictures is None else read_pictures(policy, pictures, sources))
+        return updates
+
+    def with_logprobs(self, params: Params, batches: Sequence[PolicyBatch]) -> list[PolicyBatch]:
+        """With what the loss compares to: the policy before the first of several updates, the reference of the KL."""
+        config = self.config
+
+        def of(params: Params, batch: PolicyBatch) -> Array:
+            return trainer_logprobs(params, batch, model=self.model, temperature=config.temperature, remat=config.remat)
+
+        if config.updates_per_rollout > 1:
+            batches = [replace(batch, logp_old=of(params, batch)) for batch in batches]
+        if self.reference is not None:
+            batches = [replace(batch, logp_reference=of(self.reference, batch)) for batch in batches]
+        return jax.block_until_ready(list(batches))
 
 
 def summary(groups: Sequence[Group], max_new_tokens: int) -> dict[str, float]:
-    """What a rollout says about the policy: rewards by part, pass@1, informative groups, lengths."""
-    completions = [completion for group in groups for completion in group.completions]
+    """What a rollout says about the policy: rewards by part, pass@1, lengths, what was cut."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    correct = np.asarray([[part["correct"] for part in group.parts] for group in groups])
     names = groups[0].parts[0].keys()
     return {
-        "reward": float(np.mean([group.rewards for group in groups])),
+        "reward": float(np.mean([[score.total for score in group.scores] for group in groups])),
         **{f"reward_{name}": float(np.mean([[p[name] for p in group.parts] for group in groups])) for name in names},
-        "pass@1": float(np.mean([group.correct.mean() for group in groups])),
-        "pass@n": float(np.mean([group.correct.max() for group in groups])),
-        "informative": float(np.mean([group.informative for group in groups])),
-        "length": float(np.mean([len(completion.token_ids) for completion in completions])),
-        "cut": float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        "pass@1": float(correct.mean()),
+        "pass@n": float(correct.max(axis=1).mean()),
+        "length": float(np.mean([trajectory.policy_tokens for trajectory in trajectories])),
+        **{
+            flag: float(np.mean([flag in trajectory.flags for trajectory in trajectories]))
+            for flag in ("cut", "redundant", "overturn", "invalid")
+        },
     }
 
 
@@ -358,14 +389,8 @@ def _cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-@partial(jax.jit, static_argnames=("model", "temperature", "remat"))
-def _old_logprobs(params: Params, batches: Any, *, model: ModelConfig, temperature: float, remat: Remat) -> Array:
-    """The trainer's log-probabilities of stacked micro-batches, [micro_batches, B, T]."""
-
-    def one(batch: Any) -> Array:
-        return qwen3_vl.token_logprobs(params, model, batch, temperature=temperature, remat=remat).logp
-
-    return jax.lax.map(one, batches)
+def _copy(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
 
 
 @dataclass(frozen=True)
@@ -385,11 +410,34 @@ class RLRun:
     max_pixels: int = 0
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
-    """Trains a model on verifiable samples and writes the result, an HF folder, to `<workdir>/model`."""
+# Makes an engine that is not of this process: (config, model, parameters, processor) -> engine.
+EngineFactory = Callable[[RLConfig, ModelConfig, Params, Processor], RolloutEngine]
+
+
+def main(
+    config: ConfigDict,
+    workdir: Path,
+    engines: Mapping[str, EngineFactory],
+    load_classifier: Callable[[str], PairClassifier],
+) -> None:
+    """Trains a model on verifiable samples and writes the result, an HF folder, to `<workdir>/model`.
+
+    Args:
+      config: of an experiment of kind "rl".
+      workdir: of the run.
+      engines: by the names that `rollout.engine` can have beside "native".
+      load_classifier: see `train`.
+    """
     run = to_dataclass(RLRun, {key: value for key, value in config.items() if key != "kind"})
     samples = run.data.load()
     model, params, processor = open_model(run.model, samples, run.max_pixels)
-    result = train(run.train, model, params, samples, processor, workdir)
+    with ExitStack() as stack:
+        engine = None
+        if run.train.rollout.engine != "native":
+            engine = engines[run.train.rollout.engine](run.train, model, params, processor)
+            stack.callback(engine.close)
+        result = train(
+            run.train, model, params, samples, processor, workdir, engine=engine, load_classifier=load_classifier
+        )
     export(workdir / "model", model, result.params, processor)
     print(f"{result.steps} steps; the model is in {workdir / 'model'}")

@@ -37,13 +37,14 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._closed = False
+        self.extra: dict[str, Any] = {}
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def restore(self, template: TrainState) -> TrainState | None:
-        """The newest state, or None where there is none.
+        """The newest state, or None where there is none; `extra` is then what was saved with it.
 
         Args:
           template: gives structure, shapes, dtypes and placement.
@@ -57,6 +58,7 @@ class Checkpointer:
         args = self._ocp.args
         saved = self._manager.restore(step, args=args.Composite(run=args.JsonRestore()))["run"]
         self._check(step, saved["identity"])
+        self.extra = saved.get("extra", {})
         restored = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(jax.tree.map(_abstract, _plain(template))))
         )["state"]
@@ -65,12 +67,16 @@ class Checkpointer:
         restored = jax.tree.map(jnp.copy, restored)
         return replace(restored, key=jax.random.wrap_key_data(restored.key, impl=jax.random.key_impl(template.key)))
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Starts saving; the state may be donated as soon as this returns."""
+    def save(self, step: int, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
+        """Starts saving; the state may be donated as soon as this returns.
+
+        Args:
+          extra: what else the run stands at, JSON-able.
+        """
         args = self._ocp.args
         # A copy in host memory: the writer works while later steps already reuse the state's buffers.
         host = jax.tree.map(lambda x: np.array(x, copy=True), _plain(state))
-        run = {"identity": self._identity, "step": step}
+        run = {"identity": self._identity, "step": step, "extra": dict(extra or {})}
         self._manager.save(step, args=args.Composite(state=args.StandardSave(host), run=args.JsonSave(run)))
 
     def close(self) -> None:

@@ -132,7 +132,7 @@ class Run(ExitStack):
     Args:
       workdir, identity, name, checkpoint_every, keep: see `fit`.
       state: a fresh one; afterwards `run.state`, the newest checkpoint's if there is one, where `run.done` steps are
-        finished.
+        finished, and `run.extra`, what `save` was given beside it.
       total: steps.
       updates_per_step: by how much a step advances `state.step`.
 
@@ -157,6 +157,7 @@ class Run(ExitStack):
         self._checkpointer = Checkpointer(workdir, identity, keep=keep)
         self.callback(self._checkpointer.close)
         self.state = self._checkpointer.restore(state) or state
+        self.extra = self._checkpointer.extra
         self.done = int(self.state.step) // updates_per_step
         self.writer, self.progress = MetricsWriter(workdir, self.done), Progress(name, self.done, total)
         self.callback(self.writer.close)
@@ -165,17 +166,20 @@ class Run(ExitStack):
 
     def saves_after(self, step: int) -> bool:
         """Whether the state is to be saved now: after the last step, every so many, and where a signal came."""
-        due = self._checkpoint_every > 0 and step % self._checkpoint_every == 0
-        return due or step == self._total or self._stop.is_set()
+        return self.due(step) or self._stop.is_set()
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves the state.
+    def due(self, step: int) -> bool:
+        """Whether the state is saved after this step even if no signal comes."""
+        return step == self._total or (self._checkpoint_every > 0 and step % self._checkpoint_every == 0)
+
+    def save(self, step: int, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
+        """Saves the state, and with it what else the run stands at, JSON-able.
 
         Raises:
           Interrupted: a signal came; all is saved, but there is more to do.
         """
         self.writer.sync()
-        self._checkpointer.save(int(state.step), state)
+        self._checkpointer.save(int(state.step), state, extra)
         if self._stop.is_set() and step < self._total:
             raise Interrupted(
                 f"stopped after step {step} of {self._total}, saved in {self._workdir}; run the same command to go on"

@@ -12,14 +12,26 @@ import numpy as np
 import pytest
 
 from mindjax.data.packing import size_of
-from mindjax.data.render import append_completion
 from mindjax.experiment import load_experiment
 from mindjax.inference.generate import stop_token_ids
-from mindjax.inference.sampler import SamplingConfig, prompt_shape
+from mindjax.inference.sampler import SamplingConfig
 from mindjax.rl import train as rl_train
+from mindjax.rl.config import RLConfig, RolloutConfig, frozen_vision
+from mindjax.rl.engine import NativeEngine
+from mindjax.rl.objective import GSPOLoss
 from mindjax.rl.rewards import RewardConfig
-from mindjax.rl.rollout import Prompt, pack_responses, policy_shape, render_prompt, reply_text, roll_out
-from mindjax.rl.train import GSPOLoss, RLConfig, frozen_vision, main, train
+from mindjax.rl.rollout import (
+    Prompt,
+    Response,
+    Rollout,
+    pack_responses,
+    policy_shape,
+    read_pictures,
+    reply_text,
+    roll_out,
+    single_turn,
+)  # fmt: skip
+from mindjax.rl.train import main, train
 from mindjax.train.loop import NotFiniteError
 from mindjax.types import Completion, Sample
 from tests.inference.compiled import compilations
@@ -52,39 +64,44 @@ def records(workdir: Path) -> list[dict[str, float]]:
 def test_prompts_hide_the_reference_reply(policy: tuple[Any, ...]) -> None:
     _, _, processor = policy
     sample = tiny.samples()[1]
-    rendered = render_prompt(sample, processor)
+    prompt = Prompt.of(0, sample, processor)
+    assert len(prompt.images) == 1 and len(prompt.rendered.frames) == 1
+    rendered = prompt.rendered
     text = processor.tokenizer.decode(rendered.tokens)
     assert text.endswith("<|im_start|>assistant\n") and sample.messages[-1]["content"] not in text
     with pytest.raises(ValueError, match="no message to answer"):
-        render_prompt(replace(sample, messages=sample.messages[-1:]), processor)
+        Prompt.of(0, replace(sample, messages=sample.messages[-1:]), processor)
 
 
 def test_rows_hold_what_was_sampled(policy: tuple[Any, ...]) -> None:
     """Token by token, even where the text would be tokenized otherwise, with its prompt, image and log-probs."""
     config, _, processor = policy
-    prompts = [render_prompt(sample, processor) for sample in tiny.samples(3)]
+    prompts = [Prompt.of(0, sample, processor).rendered for sample in tiny.samples(3)]
     # One letter a token: tokenizing "colour" again would merge it.
     spelt = processor.tokenizer.convert_tokens_to_ids(list("colour"))
     assert len(processor.encode_text("colour")) < len(spelt)
     completions = [
         Completion(tuple(spelt[: 2 + i]), tuple(-0.1 * (i + 1) * np.arange(1, 3 + i)), "length") for i in range(4)
     ]
-    responses = [(prompts[i // 2 + 1], completions[i], 0.5 * i - 1) for i in range(4)]
+    responses = [
+        Response(single_turn(prompts[i // 2 + 1], completions[i], processor), 0.5 * i - 1, counts=i != 3)
+        for i in range(4)
+    ]
     sizes = [size_of(prompt) for prompt in prompts]
     shape = policy_shape(sizes, config, responses=6, samples=2, per_row=2, max_new_tokens=6)
-    policy_batch = pack_responses(responses, shape, 2)
-    assert policy_batch.advantages.tolist() == [-1.0, -0.5, 0.0, 0.5, 0.0, 0.0]
-    for number, (prompt, completion, _) in enumerate(responses):
-        row = number // 2
+    policy_batch, _ = pack_responses(responses, shape, 2)
+    assert policy_batch.advantages.tolist() == [-1.0, -0.5, 0.0, 0.0, 0.0, 0.0], "the last one does not count"
+    for number, response in enumerate(responses[:3]):
+        row, completion = number // 2, completions[number]
         mine = policy_batch.response_ids[row] == number + 1
         assert policy_batch.batch.tokens[row, mine].tolist() == list(completion.token_ids)
         np.testing.assert_allclose(policy_batch.logp_rollout[row, mine], completion.logprobs, rtol=1e-6)
         assert (policy_batch.batch.loss_mask[row, mine] == 1).all()
         segment = policy_batch.batch.segment_ids[row] == number % 2 + 1
-        whole = append_completion(prompt, completion.token_ids)
+        whole = response.trajectory.rendered
         np.testing.assert_array_equal(policy_batch.batch.tokens[row, segment], whole.tokens)
         np.testing.assert_array_equal(policy_batch.batch.positions[row, segment], whole.positions)
-    assert policy_batch.batch.loss_mask.sum() == sum(len(c.token_ids) for c in completions)
+    assert policy_batch.batch.loss_mask.sum() == sum(len(c.token_ids) for c in completions[:3])
     assert (policy_batch.response_ids > 0).sum() == policy_batch.batch.loss_mask.sum()
     # The two answers to a picture share one copy of its patches.
     stored = (np.asarray(policy_batch.batch.vision.segment_ids) > 0).sum()
@@ -92,26 +109,28 @@ def test_rows_hold_what_was_sampled(policy: tuple[Any, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def rolled(policy: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(prompts, groups) of one rollout."""
+def rolled(policy: tuple[Any, ...]) -> tuple[list[Prompt], NativeEngine, Rollout]:
+    """(prompts, the engine, a rollout of the first four with their pictures)."""
     config, params, processor = policy
-    prompts = [Prompt(i, sample, render_prompt(sample, processor)) for i, sample in enumerate(letters())]
-    groups = roll_out(
-        params, config, processor, prompts[:4],
+    prompts = [Prompt.of(i, sample, processor) for i, sample in enumerate(letters())]
+    sizes = [size_of(prompt.rendered) for prompt in prompts]
+    engine = NativeEngine(config, sizes, RolloutConfig(), rows=3)
+    engine.update(params, 0)
+    rollout = roll_out(
+        engine, processor, prompts[:4],
         sampling=SamplingConfig(max_new_tokens=3, num_samples=4, stop_token_ids=stop_token_ids(processor)),
-        seed=0, step=0, rewards=RewardConfig().function(3), weights={"correct": 1.0},
-        shape=prompt_shape([size_of(prompt.rendered) for prompt in prompts], 4, config),
+        seed=0, step=0, rewarder=RewardConfig().build(3), keep_pictures=True,
     )  # fmt: skip
-    return prompts, groups
+    return prompts, engine, rollout
 
 
 def test_rollout_scores_what_the_texts_say(policy: tuple[Any, ...], rolled: tuple[Any, ...]) -> None:
     _, _, processor = policy
-    for group in rolled[1]:
-        for text, completion, reward in zip(group.texts, group.completions, group.rewards, strict=True):
-            assert text == processor.tokenizer.decode(completion.token_ids).removesuffix("<|im_end|>")
-            assert reward == float(text.strip().rstrip(".").strip().lower() in set("abcdefghijklm"))
-        assert group.informative == (0 < sum(group.rewards) < 4)
+    for group in rolled[2].groups:
+        for trajectory, score in zip(group.trajectories, group.scores, strict=True):
+            (segment,) = trajectory.segments
+            assert trajectory.text == processor.tokenizer.decode(segment.token_ids).removesuffix("<|im_end|>")
+            assert score.total == float(trajectory.text.strip().rstrip(".").strip().lower() in set("abcdefghijklm"))
 
 
 def test_control_tokens_in_a_reply_are_seen(policy: tuple[Any, ...]) -> None:
@@ -126,29 +145,82 @@ def test_control_tokens_in_a_reply_are_seen(policy: tuple[Any, ...]) -> None:
 def test_packing_does_not_change_the_gradient(policy: tuple[Any, ...], rolled: tuple[Any, ...]) -> None:
     """Rows of one answer, rows of four, and the sampler's log-probabilities as the trainer sees them."""
     config, params, _ = policy
-    prompts, groups = rolled
+    prompts, _, rollout = rolled
     rng = np.random.default_rng(0)
     responses = [
-        (group.prompt.rendered, completion, float(rng.normal())) for group in groups for completion in group.completions
+        Response(trajectory, float(rng.normal())) for group in rollout.groups for trajectory in group.trajectories
     ]
     sizes = [size_of(prompt.rendered) for prompt in prompts]
-    loss = GSPOLoss(config, 0.2, 0.2, "sequence", 1.0, "none")
     gradients = []
     for per_row in (1, 4):
         shape = policy_shape(sizes, config, responses=16, samples=4, per_row=per_row, max_new_tokens=3)
-        batch = pack_responses(responses, shape, per_row)
-
-        def objective(params: Any, batch: Any = batch) -> Any:
-            (term,) = loss(params, batch)
-            return term.sum / term.count, term.metrics
-
-        (_, metrics), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+        batch, _ = pack_responses(responses, shape, per_row)
+        metrics, gradient = gradient_of(config, params, batch)
         gradients.append(gradient)
         total, count = metrics["rollout_difference"]
         assert count > 30 and total / count < 1e-5
         assert metrics["ratio_deviation"][0] == 0, "on policy the ratio is exactly 1"
     for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-9
+
+
+def gradient_of(config: Any, params: Any, batch: Any) -> tuple[Any, Any]:
+    """(metrics, gradient) of the mean loss of a micro-batch."""
+    loss = GSPOLoss(config, 0.2, 0.2, "sequence", 1.0, "none")
+
+    def objective(params: Any, batch: Any) -> Any:
+        (term,) = loss(params, batch)
+        return term.sum / term.count, term.metrics
+
+    (_, metrics), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params, batch)
+    return metrics, gradient
+
+
+def test_what_was_encoded_for_the_rollout_trains(policy: tuple[Any, ...], rolled: tuple[Any, ...]) -> None:
+    """Features of the rollout in the place of patches: the same gradient of the language model, none of the encoder."""
+    config, params, _ = policy
+    prompts, _, rollout = rolled
+    rng = np.random.default_rng(0)
+    responses = [
+        Response(trajectory, float(rng.normal()), picture_rows=rollout.pictures.rows[place])
+        for place, group in [(3, rollout.groups[3]), (1, rollout.groups[1])]  # as selected, in another order
+        for trajectory in group.trajectories
+    ]
+    sizes = [size_of(prompt.rendered) for prompt in prompts]
+    shape = policy_shape(sizes, config, responses=8, samples=4, per_row=2, max_new_tokens=3)
+    packed, sources = pack_responses(responses, shape, 2)
+    stacked = jax.tree.map(lambda leaf: np.asarray(leaf)[None], packed)
+    read = jax.tree.map(lambda leaf: leaf[0], read_pictures(stacked, rollout.pictures, sources[None]))
+    assert read.batch.vision is None and packed.batch.vision is not None
+    _, expected = gradient_of(config, params, packed)
+    _, gradient = gradient_of(config, params, read)
+    for a, b in zip(*(jax.tree.leaves(g["text"]) for g in (gradient, expected)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-9
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["vision"]))
+
+
+@pytest.mark.parametrize("merger", [0.0, 1.0])
+def test_pictures_are_encoded_again_when_the_merger_trains(
+    merger: float, policy: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reused features would be those of the weights before the first update, and give the merger no gradient."""
+    config, params, processor = policy
+    reused: list[bool] = []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        rollout = roll_out(*args, **kwargs)
+        reused.append(rollout.pictures is not None)
+        return rollout
+
+    monkeypatch.setattr(rl_train, "roll_out", recording)
+    optimizer = replace(FAST, multipliers=(("^vision.*merger", merger), ("^vision", 0.0), (".*", 1.0)))
+    settings = replace(SMALL, steps=2, max_new_tokens=1, optimizer=optimizer)
+    result = train(settings, config, params, letters(), processor, tmp_path)
+    assert reused == [merger == 0.0] * 2
+    moved = any((a != b).any() for a, b in zip(*(
+        jax.tree.leaves(p["vision"]["merger"]) for p in (params, result.params)
+    ), strict=True))  # fmt: skip
+    assert moved == (merger > 0)
 
 
 def test_learns_with_the_vision_encoder_frozen(policy: tuple[Any, ...], tmp_path: Path) -> None:
@@ -235,19 +307,9 @@ def test_stops_when_something_is_not_finite(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_every_prompt_comes_once_an_epoch_and_seeds_differ(policy: tuple[Any, ...]) -> None:
-    config, _, processor = policy
-    prompts = [Prompt(i, sample, render_prompt(sample, processor)) for i, sample in enumerate(letters())]
-    loop = rl_train._Loop.build(SMALL, config, processor, prompts)
-    epochs = [[prompt.index for step in (2 * e, 2 * e + 1) for prompt in loop.choose(step)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
-    other = rl_train._Loop.build(replace(SMALL, seed=1), config, processor, prompts)
-    assert [prompt.index for prompt in other.choose(0)] != epochs[0][:4]
-
-
 def test_the_recipe_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data.families=('text_only',)", "data.count=4", "train.steps=1", "train.max_new_tokens=4"]
-    main(load_experiment("experiments/gspo.py:debug", overrides), tmp_path)
+    main(load_experiment("experiments/gspo.py:debug", overrides), tmp_path, {}, lambda folder: None)  # type: ignore
     assert (tmp_path / "model" / "config.json").is_file() and (tmp_path / "model" / "tokenizer.json").is_file()
     assert "1 steps" in capsys.readouterr().out
     load_experiment("experiments/gspo.py")
