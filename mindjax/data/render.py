@@ -137,6 +137,46 @@ def append_completion(rendered: Rendered, token_ids: Sequence[int]) -> Rendered:
     )
 
 
+def append_message(rendered: Rendered, message: Mapping[str, Any], processor: Processor) -> Rendered:
+    """A conversation with somebody's answer to its last reply, and the header of a new reply.
+
+    What stands there already stays as it is, token by token; only the message is tokenized, as the template would
+    write it after a reply. Positions are computed anew over the whole sequence.
+
+    Args:
+      rendered: ends with the <|im_end|> of a reply, as sampled.
+      message: what `render` takes, of a role that may follow a reply, e.g. "user" or "tool"; pictures may be in it.
+      processor: that of `rendered`.
+
+    Returns:
+      The longer conversation. The loss mask of what was there is kept, the message has none.
+
+    Raises:
+      ValueError: the reply is not ended, the message is bad (see `render`), or the template writes a reply otherwise
+        once something follows it.
+    """
+    if not len(rendered.tokens) or rendered.tokens[-1] != processor.im_end_token_id:
+        raise ValueError("a message can only be appended after a reply that ends with <|im_end|>; this one was cut")
+    # Control tokens cut text before it is tokenized, so what follows one is the same whatever came before it.
+    before = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+    context = render(before, processor)
+    whole = render([*before, message], processor, add_generation_prompt=True)
+    end = int(np.flatnonzero(context.tokens == processor.im_end_token_id)[-1]) + 1
+    if not np.array_equal(whole.tokens[:end], context.tokens[:end]):
+        raise ValueError(f"the chat template writes a reply otherwise once a {message['role']!r} message follows it")
+    tokens = np.concatenate([rendered.tokens, whole.tokens[end:]])
+    frames = (*rendered.frames, *whole.frames)
+    positions = positions_from_tokens(tokens, [grid for _, grid in frames], processor)
+    return Rendered(
+        tokens=tokens,
+        loss_mask=np.concatenate([rendered.loss_mask, np.zeros(len(whole.tokens) - end, np.float32)]),
+        positions=positions,
+        modality=modality_from_tokens(tokens, processor),
+        frames=frames,
+        next_position=int(positions.max()) + 1,
+    )
+
+
 def _without_media(message: Mapping[str, Any], index: int, media: list[tuple[str, Mapping[str, Any], str]]) -> Any:
     """The message as the template sees it; its images and videos go to `media`, in order."""
     if not isinstance(message, Mapping) or "role" not in message:
