@@ -6,7 +6,7 @@ from mindjax.evaluation import charts, report
 
 
 def test_ticks_are_round_and_cover_the_range():
-    for low, high in ((0, 1), (0.013, 0.0172), (3, 3), (0, 0), (-2.5, 731), (1e-7, 3e-7)):
+    for low, high in ((0, 1), (0.013, 0.0172), (3, 3), (0, 0), (-2.5, 731), (1e-7, 3e-7), (6.2e-14, 6.6e-14)):
         ticks = charts.ticks(low, high)
         assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12
         assert 2 <= len(ticks) <= 8
