@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def update_weights(llm: Any, config: ModelConfig, params: Any) -> None:
       ValueError: where the parameters are not those of `config`, or requests are in progress.
       RuntimeError: where vLLM refuses; its weights may then be half old, half new, so restart it.
     """
-    if llm.llm_engine.has_unfinished_requests():
-        raise ValueError("vLLM is answering requests; wait until generate or chat has returned, then update")
+    _refuse_busy(llm)
     # Where the worker shares this process, so does its memory.
     if hasattr(getattr(llm.llm_engine, "model_executor", None), "driver_worker"):
         tensors = hf_weights.published_tensors(config, to_torch(params))
@@ -47,6 +47,26 @@ def update_weights(llm: Any, config: ModelConfig, params: Any) -> None:
             hf_weights.save(folder, config, params)
             llm.collective_rpc("load_weights_of_folder", args=(folder,))
     reset_caches(llm)
+
+
+def update_from_folder(llm: Any, folder: str | os.PathLike[str]) -> None:
+    """The same with weights that lie in a folder, as `hf_weights.save` writes them.
+
+    Args:
+      llm: a `vllm.LLM` that was started with `worker_extension_cls=WORKER_EXTENSION` and has no request in progress.
+      folder: holds *.safetensors of the whole model.
+
+    Raises:
+      ValueError, RuntimeError: see `update_weights`.
+    """
+    _refuse_busy(llm)
+    llm.collective_rpc("load_weights_of_folder", args=(os.fspath(folder),))
+    reset_caches(llm)
+
+
+def _refuse_busy(llm: Any) -> None:
+    if llm.llm_engine.has_unfinished_requests():
+        raise ValueError("vLLM is answering requests; wait until generate or chat has returned, then update")
 
 
 def reset_caches(llm: Any) -> None:
@@ -68,6 +88,11 @@ class WorkerExtension:
         from safetensors.torch import load_file
 
         _load(self, (pair for path in sorted(Path(folder).glob("*.safetensors")) for pair in load_file(path).items()))
+
+    def use_policy_sampler(self, forbidden: Sequence[int]) -> None:
+        from mindjax.interop.vllm_sampling import install
+
+        install(self, forbidden)
 
 
 def _load(worker: Any, weights: Weights) -> None:
