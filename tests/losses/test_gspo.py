@@ -1,8 +1,12 @@
-"""GSPO against a float64 loop over responses, finite differences, properties, and TRL where it is installed."""
+"""GSPO against a float64 loop over responses, finite differences, and properties; peers are in test_peers.py."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -270,36 +274,149 @@ def test_bad_input_is_refused_with_the_fix() -> None:
         gspo_loss(x[0], x[0], x[0], a, **EPS)
 
 
-def test_equals_trl() -> None:
-    """TRL's sequence-level loss; rows without policy tokens are left out, it counts them in the mean."""
-    import torch
-    from trl.trainer.grpo_trainer import GRPOTrainer as trainer
+@lru_cache
+def compiled(level: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    def loss(x: Any, old: Any, mask: Any, adv: Any, ids: Any, weights: Any, ref: Any) -> Any:
+        out = gspo_loss(x, old, mask, adv, level=level, response_ids=ids, num_responses=len(adv), weights=weights,
+                        logp_ref=ref if "kl" in dict(options) else None, **EPS, **dict(options))  # type: ignore[arg-type]  # fmt: skip
+        return out.sum, out
 
-    rng = np.random.default_rng(5)
-    logp = -rng.random((6, 8)).astype(np.float32)
-    old = logp + (0.3 * rng.normal(size=(6, 1)) + 0.05 * rng.normal(size=(6, 8))).astype(np.float32)
-    mask = (np.arange(8)[None] < rng.integers(1, 9, size=(6, 1))).astype(np.float32)
-    adv = rng.normal(size=6).astype(np.float32)
-    leaf = torch.tensor(logp, requires_grad=True)
-    identity = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
-    args = SimpleNamespace(delta=None, use_bias_correction_kl=False)
-    stub = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, torch.zeros(6, 8), None),
-        importance_sampling_level="sequence", loss_type="grpo", beta=0.0, aux_loss_enabled=False, use_vllm=False,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, epsilon_low=EPS["eps_low"],
-        epsilon_high=EPS["eps_high"], args=args, model=SimpleNamespace(training=True), accelerator=identity,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
-        _metrics={"train": __import__("collections").defaultdict(list)},
-    )  # fmt: skip
-    ids = torch.zeros(6, 8, dtype=torch.long)
-    inputs = {
-        "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": torch.tensor(mask),
-        "advantages": torch.tensor(adv), "old_per_token_logps": torch.tensor(old),
-    }  # fmt: skip
-    loss = trainer._compute_loss(stub, None, inputs)
-    loss.backward()
-    out, grad = run(logp, old, mask, adv)
-    assert out.metrics["clip_low"][0] + out.metrics["clip_high"][0] > 0
-    assert np.isclose(loss.item(), out.mean, rtol=1e-6)
-    theirs = leaf.grad.numpy()
-    assert np.linalg.norm(grad / 6 - theirs) <= 1e-6 * np.linalg.norm(theirs)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def with_options(seed: int, options: dict[str, Any], level: str = "sequence", ref: Any = None) -> Any:
+    """A packed case with its weights and reference: (its arrays, LossOutput, d sum / d logp)."""
+    logp, old, mask, adv, ids, num = case(seed, spread=0.6)
+    rng = np.random.default_rng(seed)
+    weights = rng.random(num)
+    ref = logp + 0.5 * rng.normal(size=logp.shape) if ref is None else ref
+    floats = [jnp.asarray(a, jnp.float32) for a in (logp, old, mask, adv, weights, ref)]
+    (_, out), grad = compiled(level, tuple(options.items()))(*floats[:4], jnp.asarray(ids), *floats[4:])
+    return (logp, old, mask, adv, ids, num, weights, ref), out, np.asarray(grad)
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("dual_clip", [1.15, 1.5])
+def test_dual_clip_bounds_what_a_wrong_answer_can_cost(level: str, dual_clip: float) -> None:
+    """Both below and above 1 + eps_high: where A < 0 and s > c the term is c A, and its gradient 0."""
+    (logp, old, mask, adv, ids, num, weights, _), out, grad = with_options(1, {"dual_clip": dual_clip}, level)
+    total, expected, dual = 0.0, np.zeros(logp.shape), 0
+    for i in range(num):
+        places = (ids == i + 1) & (mask > 0)
+        if not places.any():
+            continue
+        length = places.sum()
+        s = np.exp((logp - old)[places].sum() / length)
+        a = adv[i]
+        unclipped = min(s * a, np.clip(s, 1 - EPS["eps_low"], 1 + EPS["eps_high"]) * a)
+        value = max(unclipped, dual_clip * a) if a < 0 else unclipped
+        total -= weights[i] * value
+        if np.isclose(value, s * a):
+            expected[places] = -weights[i] * a * s / length
+        dual += (length if level == "token" else 1) * (a < 0 and s > dual_clip)
+    assert np.isclose(out.sum, total, rtol=1e-5)
+    assert np.linalg.norm(grad - expected) <= 1e-6 * np.linalg.norm(expected)
+    assert out.metrics["clip_dual"][0] == dual > 0
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_the_kl_term_equals_float64_and_is_the_same_at_both_levels(kl: str, level: str) -> None:
+    """Mean over a response's tokens, then over responses, times the coefficient; weights do not touch it."""
+    estimate = {
+        "k1": (lambda d: d, lambda d: np.ones_like(d)),
+        "k2": (lambda d: d**2 / 2, lambda d: d),
+        "k3": (lambda d: np.exp(-d) - 1 + d, lambda d: 1 - np.exp(-d)),
+    }
+    value, slope = estimate[kl]
+    (logp, _, mask, _, ids, num, _, ref), out, grad = with_options(2, {"kl": kl, "kl_coefficient": 0.7}, level)
+    _, without, plain = with_options(2, {}, level)
+    lengths = np.array([((ids == i) & (mask > 0)).sum() for i in range(num + 1)])[ids]
+    share = np.where(mask > 0, 1 / np.maximum(lengths, 1), 0.0)
+    d = np.where(mask > 0, logp - ref, 0.0)
+    total = (value(d) * share).sum()
+    assert np.isclose(out.sum - without.sum, 0.7 * total, rtol=1e-4)
+    assert np.linalg.norm(grad - plain - 0.7 * slope(d) * share) <= 2e-6 * np.linalg.norm(grad)
+    assert np.isclose(out.metrics["reference_kl"][0], total, rtol=1e-4) and out.metrics["reference_kl"][1] == out.count
+
+
+def test_a_kl_term_without_a_coefficient_is_only_reported() -> None:
+    _, without, plain = with_options(2, {})
+    _, reported, same = with_options(2, {"kl": "k2"})
+    assert reported.sum == without.sum and reported.metrics["reference_kl"][0] > 0
+    np.testing.assert_allclose(same, plain, rtol=1e-6)
+
+
+def test_what_each_kl_term_does_as_a_loss() -> None:
+    """Over a whole vocabulary: k2 has the gradient of KL(policy || ref), k3 of KL(ref || policy), k1 none."""
+    rng = np.random.default_rng(0)
+    theta, reference = (jnp.asarray(rng.normal(size=7), jnp.float32) for _ in range(2))
+
+    def sampled(theta: Any, reference: Any, kl: str) -> Any:
+        # One row per token of the vocabulary, as often as the policy says it, which is where samples come from.
+        logp, ref, one = jax.nn.log_softmax(theta)[:, None], jax.nn.log_softmax(reference)[:, None], jnp.ones((7, 1))
+        ids = jnp.arange(1, 8)[:, None]
+        share = jax.lax.stop_gradient(jnp.exp(logp[:, 0]))
+
+        def of_row(i: Any) -> Any:
+            return gspo_loss(logp, logp, one, jnp.zeros(1), response_ids=(ids == i + 1) * 1, num_responses=1,
+                             logp_ref=ref, kl=kl, kl_coefficient=1.0, **EPS).sum  # type: ignore[arg-type]  # fmt: skip
+
+        return (share * jax.vmap(of_row)(jnp.arange(7))).sum()
+
+    def kl(p: Any, q: Any) -> Any:
+        return (jnp.exp(p) * (p - q)).sum()
+
+    @jax.jit
+    def gradients(theta: Any, reference: Any) -> Any:
+        q = jax.nn.log_softmax(reference)
+        reverse = jax.grad(lambda t: kl(jax.nn.log_softmax(t), q))(theta)
+        forward = jax.grad(lambda t: kl(q, jax.nn.log_softmax(t)))(theta)
+        return reverse, forward, [jax.grad(sampled)(theta, reference, kl) for kl in ("k1", "k2", "k3")]
+
+    reverse, forward, (k1, k2, k3) = gradients(theta, reference)
+    assert jnp.abs(reverse - forward).max() > 0.01
+    for got, expected in ((k1, jnp.zeros(7)), (k2, reverse), (k3, forward)):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_garbage_in_a_reference_changes_nothing(kl: str) -> None:
+    options = {"kl": kl, "kl_coefficient": 0.7}
+    (*_, ref), clean, clean_grad = with_options(2, options)
+    mask = case(2, spread=0.6)[2]
+    for bad in (np.nan, np.inf, -1e30):
+        _, out, grad = with_options(2, options, ref=np.where(mask > 0, ref, bad))
+        np.testing.assert_array_equal(grad, clean_grad)
+        assert out.sum == clean.sum
+
+
+def test_a_runaway_reference_stays_finite() -> None:
+    _, out, grad = with_options(2, {"kl": "k3", "kl_coefficient": 0.7}, ref=np.full((5, 12), 500.0))
+    assert np.isfinite(out.sum) and np.isfinite(grad).all()
+
+
+def test_devices_add_up() -> None:
+    """The rows of a batch over four devices: same sum, count and gradient, whatever is switched on."""
+    program = Path(__file__).with_name("over_devices.py")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, program], env={**os.environ, **flags}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["sequence", "token"]
+
+
+def test_bad_options_are_refused_with_the_fix() -> None:
+    x, a = jnp.zeros((2, 3)), jnp.zeros((2,))
+
+    def refused(match: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            gspo_loss(x, x, x, a, **EPS, **options)
+
+    refused("must be above 1", dual_clip=0.9)
+    refused("must be above 1", dual_clip=float("nan"))
+    refused("'k1', 'k2' or 'k3'", kl="k4", logp_ref=x)
+    refused("drive the policy from", kl="k2", logp_ref=x, kl_coefficient=-1.0)
+    refused("need an estimator", logp_ref=x)
+    refused("need an estimator", kl_coefficient=0.1)
+    refused("needs logp_ref of the shape", kl="k2")
+    refused("needs logp_ref of the shape", kl="k2", logp_ref=x[:1])
