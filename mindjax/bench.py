@@ -13,6 +13,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -211,7 +212,7 @@ def make_runner(case: Case, side: str) -> tuple[Any, str]:
 # ---- processes
 
 
-class _CompileCounter:
+class CompileCounter:
     """Counts what XLA compiles in this process."""
 
     def __init__(self) -> None:
@@ -228,34 +229,49 @@ def work(case: Case, side: str) -> None:
     """A worker's life: build, warm up, then one timed step per line on stdin, and its peak memory at the end."""
     if case.threads and hasattr(os, "sched_setaffinity"):  # XLA takes a thread for each core that it may run on
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.threads])
-    counter = _CompileCounter() if side == "mindjax" else None
+    counter = CompileCounter() if side == "mindjax" else None
     clock = time.process_time if case.threads == 1 else time.perf_counter
     runner, settings = make_runner(case, side)
     start = time.perf_counter()
     for _ in range(2):
         runner.step()
     compiled = counter.count if counter else 0
-    _answer({"settings": settings, "warm_up": time.perf_counter() - start})
+    answer({"settings": settings, "warm_up": time.perf_counter() - start})
     for _ in sys.stdin:
         start = clock()
         value = runner.step()
-        _answer({"seconds": clock() - start, "value": value})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    _answer({"peak": peak, "compiled": counter.count - compiled if counter else 0})
+        answer({"seconds": clock() - start, "value": value})
+    answer({"peak": peak_memory(), "compiled": counter.count - compiled if counter else 0})
 
 
-def _answer(values: dict[str, Any]) -> None:
+def answer(values: dict[str, Any]) -> None:
+    """A worker's word to the process that started it."""
     print(RESULT + json.dumps(values), flush=True)
 
 
-class _Worker:
-    def __init__(self, case: Case, side: str):
+def peak_memory() -> int:
+    """Bytes that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Worker:
+    """A side's process, which does one step per line on its stdin and answers on its stdout.
+
+    Args:
+      command: of the process.
+      environment: beside this one's.
+      quiet: keeps its stderr back unless it fails.
+    """
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], *, quiet: bool = False):
+        self._errors = tempfile.TemporaryFile("w+") if quiet else None  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mindjax.bench", "worker", json.dumps(asdict(case)), side],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
-            env=os.environ | ALLOCATOR,
+            env=os.environ | environment,
         )
 
     def read(self) -> dict[str, Any]:
@@ -263,7 +279,11 @@ class _Worker:
         for line in self._process.stdout:
             if line.startswith(RESULT):
                 return json.loads(line.removeprefix(RESULT))
-        raise RuntimeError(f"a benchmark process ended with status {self._process.wait()}; see its message above")
+        status, message = self._process.wait(), "see its message above"
+        if self._errors:
+            self._errors.seek(0)
+            message = self._errors.read()[-4000:]
+        raise RuntimeError(f"a benchmark process ended with status {status}; {message}")
 
     def step(self) -> dict[str, Any]:
         assert self._process.stdin
@@ -294,12 +314,13 @@ def compare(case: Case, repetitions: int) -> dict[str, Any]:
     """
     rows = conversations(case)
     tokens = case.rows * case.new_tokens if case.command == "sampler" else sum(len(row.tokens) for row in rows)
-    workers: dict[str, _Worker] = {}
+    workers: dict[str, Worker] = {}
     result: dict[str, Any] = {"case": case}
     try:
         # One after the other: a warm-up beside a warm-up would choose settings by noise.
         for side in ("transformers", "mindjax"):
-            workers[side] = _Worker(case, side)
+            command = [sys.executable, "-m", "mindjax.bench", "worker", json.dumps(asdict(case)), side]
+            workers[side] = Worker(command, ALLOCATOR)
             result[side] = workers[side].read()
         seconds: dict[str, list[float]] = {side: [] for side in workers}
         for _ in range(repetitions):
@@ -374,7 +395,7 @@ def cases(
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mindjax bench", description=__doc__)
-    commands = f"of {', '.join(COMMANDS)}; all by default; or grouped_matmul alone, with its own options"
+    commands = f"of {', '.join(COMMANDS)}; all by default; or grouped_matmul or rl alone, with options of their own"
     parser.add_argument("commands", nargs="*", help=commands)
     parser.add_argument("--models", default="tiny,tiny-moe,100m", help="of the catalog, or 100m (default: %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="default: %(default)s")
@@ -394,6 +415,10 @@ def main(argv: Sequence[str]) -> None:
         from mindjax import bench_grouped_matmul
 
         return bench_grouped_matmul.main(argv[1:])
+    if argv[:1] == ["rl"]:
+        from mindjax import bench_rl
+
+        return bench_rl.main(argv[1:])
     arguments = parse(argv)
     commands = arguments.commands or list(COMMANDS)
     compared = cases(

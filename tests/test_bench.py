@@ -34,7 +34,7 @@ def test_the_base_model_has_about_100_million_parameters() -> None:
 
 def test_our_training_step_learns_and_compiles_once() -> None:
     runner, _ = bench.make_runner(bench.Case("train", "tiny", "bfloat16", rows=2, text=12, grid=4), "mindjax")
-    counter = bench._CompileCounter()
+    counter = bench.CompileCounter()
     losses = [runner.step() for _ in range(2)]
     compiled = counter.count
     losses += [runner.step() for _ in range(3)]
