@@ -201,6 +201,18 @@ def test_extremes_stay_finite_and_what_is_missing_does_not_pass_as_agreement() -
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_neither_weights_nor_divergence_have_a_gradient(level: str) -> None:
+    old, rollout, mask, *_ = (jnp.asarray(x, jnp.float32) for x in case(3))
+
+    def everything(old: jax.Array, rollout: jax.Array) -> jax.Array:
+        weights, metrics = off_policy_weights(old, rollout, mask, OffPolicyConfig(level))  # type: ignore[arg-type]
+        return sum(x.sum() for x in jax.tree.leaves((weights, metrics, divergence(old, rollout, mask))))
+
+    for gradient in jax.jit(jax.grad(everything, argnums=(0, 1)))(old, rollout):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_the_weights_multiply_the_loss_and_have_no_gradient(level: str) -> None:
     old, rollout, mask, ids, number = case(3)
     arrays = [jnp.asarray(x, jnp.float32) for x in (old, rollout, mask)]
