@@ -15,6 +15,7 @@ from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered, render
 from mindjax.data.samples import DataConfig
 from mindjax.data.tasks.verify import is_right
+from mindjax.data.tasks.worker import Worker
 from mindjax.evaluation.statistics import Interval, blind_baseline, wilson
 from mindjax.experiment import to_dataclass
 from mindjax.inference.sampler import SamplingConfig, generate, sampling_keys
@@ -86,12 +87,13 @@ def ask(
     keys = sampling_keys(seed, 0, range(len(samples)), 1) if temperature > 0 else None
     answers = generate(params, model, prompts, sampling=sampling, keys=keys, shape=shape, max_rows=max_rows)
     replies = []
-    for sample, (answer,) in zip(samples, answers, strict=True):
-        spoken = [token for token in answer.token_ids if token != processor.im_end_token_id]
-        text = processor.tokenizer.decode(spoken, skip_special_tokens=False)
-        assert sample.answer is not None
-        right = is_right(sample.answer, text)
-        replies.append(Reply(sample.id, sample.task, text, right, len(answer.token_ids), answer.finish_reason))
+    with Worker() as worker:
+        for sample, (answer,) in zip(samples, answers, strict=True):
+            spoken = [token for token in answer.token_ids if token != processor.im_end_token_id]
+            text = processor.tokenizer.decode(spoken, skip_special_tokens=False)
+            assert sample.answer is not None
+            right = is_right(sample.answer, text, worker.maths)
+            replies.append(Reply(sample.id, sample.task, text, right, len(answer.token_ids), answer.finish_reason))
     return replies
 
 

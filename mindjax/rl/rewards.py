@@ -118,20 +118,6 @@ class RewardConfig:
             )
         return Rewarder(self, longest, [_function(name) for name in self.custom])
 
-    def weights(self) -> dict[str, float]:
-        return {"correct": self.correct} | ({"length": self.length} if self.length else {})
-
-    def function(self, max_new_tokens: int) -> RewardFn:
-        rewarder, longest = self.build(max_new_tokens), self.max_length or max_new_tokens
-
-        def rewards(sample: Sample, text: str, length: int) -> dict[str, float]:
-            parts = {"correct": rewarder._verifier(text, sample.answer)}
-            if self.length:
-                parts["length"] = length_reward(length, longest=longest, soft=self.soft_length)
-            return parts
-
-        return rewards
-
 
 class Rewarder:
     """Computes rewards; holds a worker process once an answer needs one, so close it, or use it in a `with`."""
@@ -244,14 +230,3 @@ def _function(name: str) -> Reward:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward: custom {name!r} is not a package.module:function that is there: {error}") from None
-
-
-# The names of before trajectories had authors.
-RewardFn = Callable[[Sample, str, int], Mapping[str, float]]
-
-
-def total(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum."""
-    if parts.keys() != weights.keys():
-        raise ValueError(f"rewards are named {sorted(parts)}, their weights {sorted(weights)}; name both alike")
-    return sum(weights[name] * parts[name] for name in weights)

@@ -1,61 +1,72 @@
 """Judges replies against typed answers, for rewards.
 
 What an answer may be, and how the final answer is taken out of a reply, is decided in one place for training and
-evaluation, `mindjax.data.tasks.verify`; here it becomes a number, and what could not be judged is counted.
+evaluation, `mindjax.data.tasks.verify`; here it becomes a number, and what was not judged in full is counted.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from typing import Any
 
-from mindjax.data.tasks import verify as answers
+from mindjax.data.tasks import verify
+from mindjax.data.tasks.worker import Worker
 
 # A reply longer than this is no answer to anything we ask; what it costs to look at one stays bounded.
 MAX_CHARACTERS = 100_000
 
 
 class Verifier:
-    """Judges replies one by one."""
+    """Judges replies one by one; holds a process once one needs it, see `mindjax.data.tasks.worker`."""
 
     def __init__(self, timeout: float = 3.0) -> None:
-        self.timeout = timeout
-        self._counts: Counter[str] = Counter()
+        """
+        Args:
+          timeout: seconds of processor time for mathematics, or a pattern, in one reply.
+        """
+        self._worker = Worker(timeout)
+        self._too_long = 0
 
     def __call__(self, reply: str, answer: dict[str, Any] | None) -> float:
         """1.0 for a right reply, 0.0 for a wrong one.
 
         Raises:
-          ValueError: the sample has no answer, or one of an unknown kind.
+          ValueError: the sample has no answer, or one that `verify.is_right` refuses.
         """
         if answer is None:
-            raise ValueError("this sample has no answer to verify; leave it out, or reward something else")
-        return float(not self._too_long(reply) and answers.is_right(answer, reply))
+            raise ValueError(
+                "this sample has no answer to verify a reply against; leave it out, or reward something else"
+            )
+        return float(self._looks(reply) and verify.is_right(answer, reply, self._worker.maths))
 
     def form(self, reply: str, pattern: str) -> float:
         """1.0 where all of the reply matches `pattern`, or where it has a closed `\\boxed{}` if that is empty."""
-        if self._too_long(reply):
+        if not self._looks(reply):
             return 0.0
-        return float(bool(re.fullmatch(pattern, reply, re.DOTALL)) if pattern else answers.extract(reply)[1])
+        return float(self._worker.matches(pattern, reply) if pattern else verify.final(reply)[1])
 
     def overlap(self, reply: str, answer: dict[str, Any] | None) -> float:
-        """Intersection over union of the boxes."""
-        return 0.0
+        """Intersection over union of the reply's box and that of an answer of kind "box"; 0.0 for other answers."""
+        if answer is None or answer["kind"] != "box" or not self._looks(reply):
+            return 0.0
+        return verify.overlap(answer, reply)
 
     def counters(self) -> dict[str, float]:
-        return {name: float(self._counts[name]) for name in ("too_long",)}
+        """Replies that scored 0 unjudged, since the start.
+
+        "verifier_timeouts" took too long to judge, "verifier_failures" took all memory or stack or ended the process,
+        "verifier_too_long" have more characters than any answer.
+        """
+        counts = self._worker.counts
+        return {
+            "verifier_timeouts": float(counts["timeouts"]),
+            "verifier_failures": float(counts["failures"]),
+            "verifier_too_long": float(counts["too_long"] + self._too_long),
+        }
 
     def close(self) -> None:
-        """Ends the worker."""
+        """Ends the process; a later reply starts another."""
+        self._worker.close()
 
-    def _too_long(self, reply: str) -> bool:
-        if len(reply) > MAX_CHARACTERS:
-            self._counts["too_long"] += 1
-            return True
-        return False
-
-
-def verify(reply: str, answer: dict[str, Any] | None) -> float:
-    """1.0 for a right reply, 0.0 for a wrong one."""
-    return Verifier()(reply, answer)
+    def _looks(self, reply: str) -> bool:
+        self._too_long += len(reply) > MAX_CHARACTERS
+        return len(reply) <= MAX_CHARACTERS

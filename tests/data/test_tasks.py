@@ -5,8 +5,8 @@ import pytest
 
 from mindjax.data import tasks
 from mindjax.data.samples import difficulty_levels
-from mindjax.data.tasks import sources, verify
-from mindjax.data.tasks.verify import extract, is_right
+from mindjax.data.tasks import sources
+from mindjax.data.tasks.verify import is_right, right_reply
 from mindjax.types import Sample
 
 PICTURED = [family for family in tasks.FAMILIES if family != "text_only"]
@@ -140,8 +140,39 @@ def test_demonstrations_spread_over_all_right_replies():
     samples = tasks.build("digit_any", "train", 300, 0)
     places = [s.answer["value"].index(s.messages[-1]["content"]) for s in samples]
     assert min(np.bincount(places, minlength=3)) > 70
+    four = tasks.build("shape_any", "train", 400, 0)
+    assert min(np.bincount([s.answer["value"].index(s.messages[-1]["content"]) for s in four], minlength=4)) > 70
     offsets = {int(s.messages[-1]["content"]) - s.answer["value"] for s in tasks.build("locate", "train", 300, 0)}
     assert offsets == set(range(-5, 6))
+
+
+def test_four_different_shapes_are_right_and_stand_in_their_quarters():
+    """Each quarter shows more of the colour that the answer names than any other quarter does."""
+    from mindjax.data.tasks.shapes import COLOURS
+
+    hits = []
+    for sample in tasks.build("shape_any", "test", 40, 0):
+        right = sample.answer["value"]
+        assert len(set(right)) == len({name.split()[0] for name in right}) == 4
+        image = picture(sample).astype(int)
+        assert image.shape == (2 * sources.CELL, 2 * sources.CELL, 3)
+        for quarter, name in enumerate(right):
+            near = np.abs(image - COLOURS[name.split()[0]]).max(axis=2) < 20
+            counts = [near[32 * r : 32 * r + 32, 32 * c : 32 * c + 32].sum() for r in (0, 1) for c in (0, 1)]
+            hits.append(int(np.argmax(counts)) == quarter)
+    assert np.mean(hits) > 0.95
+
+
+def test_the_right_replies_of_a_policy_can_be_counted():
+    """Different ways to write one reply are one; wrong ones are none."""
+    for sample in tasks.build("shape_any", "train", 20, 1):
+        right = sample.answer["value"]
+        written = [f" {name.upper()}. " for name in right] + [f"a {name}: \\boxed{{{name}}}" for name in right]
+        assert [right_reply(sample.answer, reply) for reply in written] == right * 2
+        assert right_reply(sample.answer, "purple circle") is None and right_reply(sample.answer, right[0][:-1]) is None
+    within = {"kind": "within", "value": 40, "tolerance": 5}
+    assert [right_reply(within, reply) for reply in ("42", " 042.", "39", "46")] == ["42", "42", "39", None]
+    assert right_reply({"kind": "int", "value": 1200}, "1,200") == "1200"
 
 
 def test_answers_are_drawn_evenly():
@@ -184,75 +215,3 @@ def test_levels_part_each_task_evenly_by_difficulty():
     # Equally hard ones are spread, whatever the order that they come in.
     assert np.bincount(levels[24:]).tolist() == [100, 100, 100]
     assert np.bincount(levels[24:124], minlength=3).min() > 15
-
-
-@pytest.mark.parametrize(
-    ("answer", "reply", "right"),
-    [
-        ({"kind": "exact", "value": "red"}, " Red. ", True),
-        ({"kind": "exact", "value": "red"}, "dark red", False),
-        ({"kind": "exact", "value": "007"}, "007", True),
-        ({"kind": "exact", "value": "007"}, "7", False),
-        ({"kind": "exact", "value": "3", "boxed": True}, "3", False),
-        ({"kind": "exact", "value": "3", "boxed": True}, "it is \\boxed{3}", True),
-        ({"kind": "exact", "value": "3"}, "\\boxed{4} or \\boxed{3}", True),
-        ({"kind": "exact", "value": "3"}, "\\boxed{3} or \\boxed{4}", False),
-        ({"kind": "one_of", "value": ["12", "34"]}, "34", True),
-        ({"kind": "one_of", "value": ["12", "34"]}, "14", False),
-        ({"kind": "within", "value": 40, "tolerance": 5}, "45", True),
-        ({"kind": "within", "value": 40, "tolerance": 5}, "46", False),
-        ({"kind": "within", "value": 40, "tolerance": 5}, "about 40", False),
-        ({"kind": "within", "value": 40, "tolerance": 5}, "٤٠", False),
-        ({"kind": "within", "value": 40, "tolerance": 5}, "", False),
-    ],
-)
-def test_verdicts(answer, reply, right):
-    assert is_right(answer, reply) is right
-
-
-def test_an_unknown_kind_of_answer_is_an_error_and_not_a_wrong_reply():
-    with pytest.raises(ValueError, match="kind 'regex'"):
-        is_right({"kind": "regex", "value": "x"}, "x")
-
-
-def test_extract_tells_whether_there_was_a_box():
-    assert extract("\\boxed{ Top Left }") == ("top left", True)
-    assert extract("top left") == ("top left", False)
-
-
-@pytest.mark.parametrize(
-    ("reply", "said"),
-    [
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"so $x^{2}$ is \boxed{\text{top {left}}}, I think {", r"\text{top {left}}"),
-        (r"\boxed{3} or \boxed{\frac{1}{2}", "3"),  # the second is never closed
-        (r"\boxed{{3} or \boxed{4}", "4"),  # nor the first here
-        (r"\boxed{\boxed{3}}", "3"),
-        (r"\boxed{1 \boxed{2} {3}}", "2"),
-        (r"} \boxed{\left\{ 3 \right.}", r"\left\{ 3 \right"),
-        (r"\boxed{\{3\}}", r"\{3\}"),
-        (r"\boxed{}", ""),
-        (r"\boxed{3", None),
-        (r"\boxed{3\}", None),
-        (r"\boxed 3}", None),
-    ],
-)
-def test_the_braces_of_a_box_pair_up(reply, said):
-    assert extract(reply) == ((reply if said is None else said), said is not None)
-
-
-def test_a_reply_of_nothing_but_boxes_is_read_in_one_pass(monkeypatch):
-    """Every brace is looked at once, although no box is closed before the last character."""
-    seen = []
-
-    class Counting:
-        def finditer(self, reply):
-            for match in pattern.finditer(reply):
-                seen.append(match.start())
-                yield match
-
-    pattern = verify._BRACE
-    monkeypatch.setattr(verify, "_BRACE", Counting())
-    reply = "\\boxed{" * 10_000 + "3" + "}" * 10_000
-    assert extract(reply) == ("3", True)
-    assert len(seen) == len(set(seen)) == 20_000

@@ -107,6 +107,27 @@ def colour(split: Split, rng: np.random.Generator) -> Item:
     return Item(canvas.astype(np.uint8), f"What colour is the {asked}?", first, answer, wrong, (name,), difficulties[0])
 
 
+def shape_any(split: Split, rng: np.random.Generator) -> Item:
+    """Four shapes of different colours, one in each quarter; naming any one of them is right.
+
+    The demonstration names one at random. A policy that is rewarded for being right, and for nothing else, may settle
+    on one quarter; `verify.right_reply` says which of the four a reply names.
+    """
+    colours = [str(c) for c in rng.choice(list(COLOURS), len(QUARTERS), replace=False)]
+    names = [f"{colour} {rng.choice(SHAPES)}" for colour in colours]
+    sizes = rng.integers(20, 29, len(names))
+    canvas, photograph = _canvas(split, rng, 2 * CELL, 2 * CELL)
+    difficulty = _difficulty(canvas, int(sizes.mean()))
+    for quarter, (name, size) in enumerate(zip(names, sizes.tolist(), strict=True)):
+        said_colour, said_shape = name.split()
+        _draw(canvas, said_shape, *_inside(quarter, size, rng), size, said_colour)
+    absent = [name for colour in COLOURS for said in SHAPES if (name := f"{colour} {said}") not in names]
+    wrong = tuple(str(w) for w in rng.choice(absent, 3, replace=False))
+    answer = {"kind": "one_of", "value": names}
+    reply = str(rng.choice(names))
+    return Item(canvas.astype(np.uint8), "Name any one shape.", reply, answer, wrong, (photograph,), difficulty)
+
+
 def locate(split: Split, rng: np.random.Generator) -> Item:
     """How far from the left a cross lies, in percent of the width.
 
