@@ -5,7 +5,7 @@ An engine holds weights of its own, which the trainer replaces in place; the loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 from mindjax.config import ModelConfig
-from mindjax.data.packing import SampleSize
+from mindjax.data.packing import BatchShape
 from mindjax.data.render import Rendered
 from mindjax.inference.pictures import encode_pictures, prompt_batches, table_rows
-from mindjax.inference.sampler import SamplingConfig, generate, prompt_shape
+from mindjax.inference.sampler import SamplingConfig, generate
 from mindjax.models.vision import VisionFeatures
 from mindjax.rl.config import RolloutConfig
+from mindjax.rl.shapes import smallest
 from mindjax.types import Array, Completion
 
 Params = dict[str, Any]
@@ -73,23 +74,22 @@ class NativeEngine:
 
     Args:
       model: shapes of the model.
-      sizes: of all prompts that will come, so that one shape holds them; None takes the smallest bucket of each call.
       config: see `RolloutConfig`.
-      rows: prompts that are prefilled together.
+      shapes: prefill shapes by the number of samples that a call asks for, rising, so that known ones are compiled once
+        (`mindjax.rl.shapes`). A number that is not there takes the smallest bucket of each call.
 
     Raises:
       ValueError: there are not so many devices.
     """
 
-    def __init__(self, model: ModelConfig, sizes: Sequence[SampleSize] | None, config: RolloutConfig, *, rows: int):
+    def __init__(self, model: ModelConfig, config: RolloutConfig, shapes: Mapping[int, Sequence[BatchShape]]):
         here = jax.local_devices()
         if config.devices >= len(here):
             raise ValueError(
                 f"rl: rollout.devices is {config.devices}, but there are {len(here)} devices, and the trainer needs "
                 "one; 0 shares the trainer's"
             )
-        self._model, self._config = model, config
-        self._shape = None if sizes is None else prompt_shape(sizes, rows, model)
+        self._model, self._config, self._shapes = model, config, shapes
         self._devices = here[-config.devices :] if config.devices else []
         self._params: list[Params] = []
 
@@ -101,20 +101,28 @@ class NativeEngine:
         self._params = [jax.device_put(params, device) for device in self._devices] or [params]
         jax.block_until_ready(self._params)
 
-    def encode(self, requests: Sequence[Request]) -> Pictures | None:
-        """The pictures of the requests, for `generate` and for the trainer; None where there are none, or where they
-        are encoded on several devices."""
-        if self._shape is None or len(self._params) > 1:
+    def encode(self, requests: Sequence[Request], samples: int) -> Pictures | None:
+        """The pictures of the requests, for `generate` with so many samples and for the trainer; None where there are
+        none, or where they are encoded on several devices."""
+        prompts = [request.rendered for request in requests]
+        shape = self._shape(prompts, samples)
+        if shape is None or len(self._params) > 1:
             return None
-        batches = list(prompt_batches([request.rendered for request in requests], self._shape))
+        batches = list(prompt_batches(prompts, shape))
         table = encode_pictures(self._params[0], self._model, batches)
-        return None if table is None else Pictures(table, table_rows(batches, self._shape))
+        if self._devices:
+            table = jax.device_put(table, jax.local_devices()[0])  # the trainer's
+        return None if table is None else Pictures(table, table_rows(batches, shape))
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, keys: Array, pictures: Pictures | None = None
     ) -> list[list[Completion]]:
         """See `RolloutEngine`; `pictures` are those of `encode`, encoded here where they are missing."""
         prompts, count = [request.rendered for request in requests], len(self._params)
+        shape = self._shape(prompts, sampling.num_samples)
+        table = None if pictures is None else pictures.table
+        if table is not None and self._devices:
+            table = jax.device_put(table, self._devices[0])
 
         def part(number: int) -> list[list[Completion]]:
             mine = slice(number * len(prompts) // count, (number + 1) * len(prompts) // count)
@@ -124,14 +132,18 @@ class NativeEngine:
                 prompts[mine],
                 sampling=sampling,
                 keys=keys[mine],
-                shape=self._shape,
-                vision_features=None if pictures is None else pictures.table,
+                shape=shape,
+                vision_features=table,
             )
 
         if count == 1:
             return part(0)
         with ThreadPoolExecutor(count) as pool:
             return [answers for answered in pool.map(part, range(count)) for answers in answered]
+
+    def _shape(self, prompts: Sequence[Rendered], samples: int) -> BatchShape | None:
+        shapes = self._shapes.get(samples)
+        return None if shapes is None else smallest(shapes, prompts)
 
     def close(self) -> None:
         self._params = []

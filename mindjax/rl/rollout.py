@@ -151,7 +151,7 @@ def roll_out(
         keys = sampling_keys(seed, step, [prompt.index for prompt in prompts], sampling.num_samples)
         requests = [Request(prompt.rendered, prompt.images) for prompt in prompts]
         if keep_pictures and isinstance(engine, NativeEngine):
-            pictures = engine.encode(requests)
+            pictures = engine.encode(requests, sampling.num_samples)
             answers = engine.generate(requests, sampling, keys, pictures)
         else:
             answers = engine.generate(requests, sampling, keys)

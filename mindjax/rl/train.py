@@ -18,22 +18,22 @@ import numpy as np
 
 from mindjax.config import ModelConfig
 from mindjax.data.loader import fingerprint
-from mindjax.data.packing import size_of
+from mindjax.data.packing import BatchShape, size_of
 from mindjax.data.processor import Processor
 from mindjax.data.samples import DataConfig
 from mindjax.experiment import to_dataclass
 from mindjax.inference.generate import stop_token_ids
-from mindjax.inference.sampler import SamplingConfig
+from mindjax.inference.sampler import SamplingConfig, prompt_shape
 from mindjax.losses.off_policy import with_pearson
 from mindjax.rl import advantages, schedule
 from mindjax.rl.config import FREE_TO_CHANGE, RLConfig
 from mindjax.rl.distance import PairClassifier
 from mindjax.rl.engine import NativeEngine, Pictures, RolloutEngine
+from mindjax.rl.environments import Environment, play
 from mindjax.rl.objective import GSPOLoss, trainer_logprobs
 from mindjax.rl.rewards import Rewarder
 from mindjax.rl.rollout import (
     Group,
-    Play,
     PolicyBatch,
     Prompt,
     Response,
@@ -44,6 +44,7 @@ from mindjax.rl.rollout import (
     roll_out,
 )
 from mindjax.rl.schedule import PASS_AT_K, Position
+from mindjax.rl.shapes import trajectory_shape, turn_shapes
 from mindjax.rl.show import show
 from mindjax.train.folder import export, open_model
 from mindjax.train.loop import NotFiniteError, Run, TrainResult, save_bad_batch
@@ -71,7 +72,7 @@ def train(
     name: str = "gspo",
     evaluate: Callable[[Params], dict[str, float]] | None = None,
     engine: RolloutEngine | None = None,
-    play: Play | None = None,
+    environment: Environment | None = None,
     load_classifier: Callable[[str], PairClassifier] | None = None,
 ) -> TrainResult:
     """Runs GSPO to its end, from the newest checkpoint in `workdir` if there is one.
@@ -86,7 +87,7 @@ def train(
       name: first in the progress line.
       evaluate: called with the parameters; its values are written beside the step's.
       engine: samples the answers; the caller closes it. None samples in this process.
-      play: for conversations of several turns; None asks for one answer.
+      environment: answers the policy, in conversations of several turns; None asks for one answer.
       load_classifier: opens the folder of a distance of kind "classifier".
 
     Raises:
@@ -98,11 +99,13 @@ def train(
     began, workdir = time.monotonic(), Path(workdir)
     if len(samples) < config.prompts_per_step:
         raise ValueError(f"rl: {config.prompts_per_step} prompts_per_step, but there are only {len(samples)} samples")
-    prompts = [Prompt.of(i, sample, processor) for i, sample in enumerate(samples)]
+    first = Prompt.of if environment is None else environment.prompt
+    prompts = [first(i, sample, processor) for i, sample in enumerate(samples)]
     free = [name for name in FREE_TO_CHANGE if not (name == "checkpoint_every" and config.rollout.overlap)]
     identity = {
         "rl": {key: value for key, value in asdict(config).items() if key not in free},
         "model": asdict(model),
+        "turns": 1 if environment is None else environment.max_turns,
         "data": {
             "prompts": fingerprint([prompt.rendered for prompt in prompts]),
             "answers": hashlib.sha256(repr([sample.answer for sample in samples]).encode()).hexdigest()[:16],
@@ -120,7 +123,7 @@ def train(
         keep=config.keep_checkpoints,
         updates_per_step=config.updates_per_rollout,
     )
-    with run, _Loop(config, model, params, processor, prompts, workdir, engine, play, load_classifier) as loop:
+    with run, _Loop(config, model, params, processor, prompts, workdir, engine, environment, load_classifier) as loop:
         state, done = run.state, run.done
         loop.position = Position(**run.extra.get("position", {}))
         while done < total:
@@ -166,12 +169,12 @@ class _Loop(ExitStack):
         prompts: Sequence[Prompt],
         workdir: Path,
         engine: RolloutEngine | None,
-        play: Play | None,
+        environment: Environment | None,
         load_classifier: Callable[[str], PairClassifier] | None,
     ):
         super().__init__()
         self.config, self.model, self.processor, self.prompts = config, model, processor, prompts
-        self.workdir, self.play, self.position = workdir, play, Position()
+        self.workdir, self.position = workdir, Position()
         sizes = [size_of(prompt.rendered) for prompt in prompts]
         self.sampling = SamplingConfig(
             max_new_tokens=config.max_new_tokens,
@@ -182,17 +185,26 @@ class _Loop(ExitStack):
             repeat_count=config.rollout.repeat_count,
             repeat_length=config.rollout.repeat_length,
         )
-        self.shape = policy_shape(
-            sizes,
-            model,
-            responses=config.responses_per_update // config.micro_batches,
-            samples=config.samples_per_prompt,
-            per_row=config.responses_per_row,
-            max_new_tokens=config.max_new_tokens,
-        )
+        arrangement = {
+            "responses": config.responses_per_update // config.micro_batches,
+            "samples": config.samples_per_prompt,
+            "per_row": config.responses_per_row,
+            "max_new_tokens": config.max_new_tokens,
+        }
+        unit, self.play = schedule.draw_unit(config), None
+        if environment is None:
+            self.shape = policy_shape(sizes, model, **arrangement)
+            shapes: dict[int, tuple[BatchShape, ...]] = {config.samples_per_prompt: (prompt_shape(sizes, unit, model),)}
+        else:
+            self.play = partial(play, environment=environment, processor=processor)
+            self.shape = trajectory_shape(sizes, model, environment, **arrangement)
+            shapes = turn_shapes(
+                sizes, model, environment, prompts=unit, samples=config.samples_per_prompt,
+                max_new_tokens=config.max_new_tokens,
+            )  # fmt: skip
         self.loss = GSPOLoss.of(config, model)
         if engine is None:
-            engine = NativeEngine(model, sizes, config.rollout, rows=schedule.draw_unit(config))
+            engine = NativeEngine(model, config.rollout, shapes)
             self.callback(engine.close)
         self.engine = engine
         self.rewarder: Rewarder = config.reward.build(config.max_new_tokens)
@@ -201,7 +213,7 @@ class _Loop(ExitStack):
         self.distance = config.advantage.distance.build(load_classifier) if diverse else None
         # What trains must see every update through itself; only a frozen encoder's features stay true.
         factors = jax.tree.leaves(multipliers(config.optimizer, params)["vision"])
-        self.keep_pictures = not any(factors)
+        self.keep_pictures = not any(factors) and environment is None
         self.reference = _copy(params, config.dtype) if config.kl != "none" else None
         self.thread = self.enter_context(ThreadPoolExecutor(1, "rollout"))
         self.ahead: _Ahead | None = None

@@ -14,7 +14,7 @@ import pytest
 from mindjax.data.packing import size_of
 from mindjax.experiment import load_experiment
 from mindjax.inference.generate import stop_token_ids
-from mindjax.inference.sampler import SamplingConfig
+from mindjax.inference.sampler import SamplingConfig, prompt_shape
 from mindjax.rl import train as rl_train
 from mindjax.rl.config import RLConfig, RolloutConfig, frozen_vision
 from mindjax.rl.engine import NativeEngine
@@ -33,7 +33,7 @@ from mindjax.rl.rollout import (
 )  # fmt: skip
 from mindjax.rl.train import main, train
 from mindjax.train.loop import NotFiniteError
-from mindjax.types import Completion, Sample
+from mindjax.types import Completion
 from tests.inference.compiled import compilations
 from tests.rl import tiny
 
@@ -47,12 +47,6 @@ SMALL = RLConfig(
 @pytest.fixture(scope="module")
 def policy() -> tuple[Any, ...]:
     return tiny.policy()
-
-
-def letters(count: int = 8) -> list[Sample]:
-    """The same questions; any reply of one letter of the first half of the alphabet is right: a tenth by chance."""
-    answer = {"kind": "one_of", "value": list("abcdefghijklm")}
-    return [replace(sample, answer=answer) for sample in tiny.samples(count)]
 
 
 def records(workdir: Path) -> list[dict[str, float]]:
@@ -112,9 +106,9 @@ def test_rows_hold_what_was_sampled(policy: tuple[Any, ...]) -> None:
 def rolled(policy: tuple[Any, ...]) -> tuple[list[Prompt], NativeEngine, Rollout]:
     """(prompts, the engine, a rollout of the first four with their pictures)."""
     config, params, processor = policy
-    prompts = [Prompt.of(i, sample, processor) for i, sample in enumerate(letters())]
+    prompts = [Prompt.of(i, sample, processor) for i, sample in enumerate(tiny.letters())]
     sizes = [size_of(prompt.rendered) for prompt in prompts]
-    engine = NativeEngine(config, sizes, RolloutConfig(), rows=3)
+    engine = NativeEngine(config, RolloutConfig(), {4: (prompt_shape(sizes, 3, config),)})
     engine.update(params, 0)
     rollout = roll_out(
         engine, processor, prompts[:4],
@@ -215,7 +209,7 @@ def test_pictures_are_encoded_again_when_the_merger_trains(
     monkeypatch.setattr(rl_train, "roll_out", recording)
     optimizer = replace(FAST, multipliers=(("^vision.*merger", merger), ("^vision", 0.0), (".*", 1.0)))
     settings = replace(SMALL, steps=2, max_new_tokens=1, optimizer=optimizer)
-    result = train(settings, config, params, letters(), processor, tmp_path)
+    result = train(settings, config, params, tiny.letters(), processor, tmp_path)
     assert reused == [merger == 0.0] * 2
     moved = any((a != b).any() for a, b in zip(*(
         jax.tree.leaves(p["vision"]["merger"]) for p in (params, result.params)
@@ -238,7 +232,7 @@ def test_learns_with_the_vision_encoder_frozen(policy: tuple[Any, ...], tmp_path
 
     with compilations() as seen:
         result = train(
-            replace(settings, evaluate_every=1), config, params, letters(), processor, tmp_path, evaluate=evaluate
+            replace(settings, evaluate_every=1), config, params, tiny.letters(), processor, tmp_path, evaluate=evaluate
         )
     assert counts[0] > 0 and counts[1] == counts[-1], "only the first step compiles"
     history = records(tmp_path)
@@ -279,7 +273,7 @@ def test_resumes_to_the_bit(moe: bool, tmp_path: Path, monkeypatch: pytest.Monke
         return {}
 
     def run(workdir: Path, evaluate: Any) -> Any:
-        return train(settings, config, params, letters(), processor, workdir, evaluate=evaluate)
+        return train(settings, config, params, tiny.letters(), processor, workdir, evaluate=evaluate)
 
     whole = run(tmp_path / "whole", lambda _: {})
     with pytest.raises(Killed):
@@ -292,7 +286,7 @@ def test_resumes_to_the_bit(moe: bool, tmp_path: Path, monkeypatch: pytest.Monke
     assert whole.steps == resumed.steps == 5
     assert sampled == [(0, step) for step in (0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4)], "keys follow the step"
     with pytest.raises(ValueError, match=r"rl.eps_low: was 0.2, is 0.1"):
-        train(replace(settings, eps_low=0.1), config, params, letters(), processor, tmp_path / "whole")
+        train(replace(settings, eps_low=0.1), config, params, tiny.letters(), processor, tmp_path / "whole")
 
 
 def test_stops_when_something_is_not_finite(tmp_path: Path) -> None:
@@ -301,7 +295,7 @@ def test_stops_when_something_is_not_finite(tmp_path: Path) -> None:
     settings = replace(SMALL, steps=5, checkpoint_every=1, max_new_tokens=1, micro_batches=2)
     broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params)
     with pytest.raises(NotFiniteError, match=r"step 1 is not finite .*nan_batch\.npz"):
-        train(settings, config, broken, letters(), processor, tmp_path)
+        train(settings, config, broken, tiny.letters(), processor, tmp_path)
     saved = np.load(tmp_path / "nan_batch.npz")
     assert any(name.endswith("tokens") for name in saved) and any(name.endswith("advantages") for name in saved)
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -326,4 +320,4 @@ def test_bad_settings_are_refused(policy: tuple[Any, ...], tmp_path: Path) -> No
         with pytest.raises(ValueError, match=message):
             replace(SMALL, **change)
     with pytest.raises(ValueError, match="only 3 samples"):
-        train(SMALL, config, params, letters(3), processor, tmp_path)
+        train(SMALL, config, params, tiny.letters(3), processor, tmp_path)

@@ -31,6 +31,12 @@ def samples(count: int = 8) -> list[Sample]:
     return result
 
 
+def letters(count: int = 8) -> list[Sample]:
+    """The same questions; any reply of one letter of the first half of the alphabet is right: a tenth by chance."""
+    answer = {"kind": "one_of", "value": list("abcdefghijklm")}
+    return [replace(sample, answer=answer) for sample in samples(count)]
+
+
 def policy(moe: bool = False) -> tuple[ModelConfig, Any, Processor]:
     """(config, parameters, processor)."""
     base = tiny.moe_model() if moe else tiny.model()
