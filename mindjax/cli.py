@@ -29,6 +29,7 @@ KINDS = {
     "rl": "mindjax.rl.train:main",
     "dpo": "mindjax.dpo.train:main",
     "eval": "mindjax.evaluation.run:main",
+    "results": "mindjax.results:run",
 }
 EXPERIMENT_HELP = {
     "run": "run an experiment file, whatever its kind",
@@ -36,6 +37,7 @@ EXPERIMENT_HELP = {
     "rl": "reinforcement learning with GSPO",
     "dpo": "preference optimisation",
     "eval": "accuracy of a checkpoint on benchmarks",
+    "results": "what each part of the RL stage does, in runs that differ in it alone",
 }
 # Where a missing module is found: the extra of this distribution that brings it.
 EXTRA_OF_MODULE = {
@@ -96,7 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, help in EXPERIMENT_HELP.items():
         command = add(name, run_experiment, help)
-        command.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="experiments/NAME.py[:debug]")
+        own = "experiments/results.py" if name == "results" else None
+        command.add_argument(
+            "--config", required=not own, default=own, metavar="FILE[:SIZE]", help="experiments/NAME.py[:debug]"
+        )
         command.add_argument("--workdir", type=Path, help="default: runs/NAME[-SIZE]; an existing one is resumed")
         command.add_argument(
             "--change-config", action="store_true", help="resume a run although its config is no longer the same"

@@ -42,9 +42,14 @@ ALLOWED: dict[str, set[str]] = {
     "mindjax.experiment": {"experiments"},
     "mindjax.doctor": {"mindjax", "kernels_cuda"},
     "mindjax.pipeline": LOOP | {"mindjax.experiment", "mindjax.sft", "mindjax.rl", "mindjax.dpo"},
+    "mindjax.workers": {"mindjax.train"},
+    "mindjax.results": LOOP
+    | {"mindjax.allocator", "mindjax.experiment", "mindjax.workers", "mindjax.sft", "mindjax.rl", "mindjax.dpo"},
     # The command line, and the comparison with other systems that it starts.
     "mindjax.bench": {"*"},
     "mindjax.bench_grouped_matmul": {"*"},
+    "mindjax.bench_rl": {"*"},
+    "mindjax.bench_rl_sides": {"*"},
     "mindjax.cli": {"*"},
 }
 # Third parties that only some units may import, and where they may do so only inside a function.
