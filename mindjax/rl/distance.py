@@ -24,13 +24,14 @@ class DistanceConfig:
       kind: "lexical" compares counts of characters, pairs and triples of them; "exact" the normalised text;
         "classifier" asks a sequence-pair classifier whether both say the same.
       folder: of the classifier, as transformers saves one.
-      threshold: distance, 0 to 1, from which on two answers are different: 1, below it 0. With 0 the distance itself
-        stays, for "lexical" and "classifier".
+      threshold: distance, 0 to 1, from which on two answers are different: 1, below it 0; 0 keeps the distance itself.
+        The default is for "lexical": "red circle" is 0.30 away from "blue circle" and 0.12 from "a red circle". A
+        classifier has one of its own, 0.5 if its probabilities are taken at their word.
     """
 
     kind: Literal["lexical", "exact", "classifier"] = "lexical"
     folder: str = ""
-    threshold: float = 0.5
+    threshold: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -39,7 +40,7 @@ class DistanceConfig:
             raise ValueError("distance: kind 'classifier' needs a folder, and no other kind reads one")
 
     def build(self, load: Callable[[str], PairClassifier] | None = None) -> Distance:
-        """The distance of all pairs of some texts.
+        """The distance of all pairs of some texts; which one it is goes to the log.
 
         Args:
           load: opens the classifier's folder, `mindjax.interop.pair_classifier.load`; only kind "classifier" needs it.
@@ -47,6 +48,8 @@ class DistanceConfig:
         Raises:
           ValueError: a classifier is asked for and nothing can load it.
         """
+        folder = f" of {self.folder}" if self.folder else ""
+        print(f"distance between answers: {self.kind}{folder}, different from {self.threshold:g} on", flush=True)
         if self.kind == "classifier":
             if load is None:
                 raise ValueError("distance: pass build() what loads a classifier, mindjax.interop.pair_classifier.load")
