@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +28,24 @@ import numpy as np
 from mindjax.config import ModelConfig
 from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered
+from mindjax.inference.quantized import FORMATS, quantize_params
 from mindjax.inference.sampler import SamplingConfig
 from mindjax.interop.vllm_client import Lost, Worker
 from mindjax.interop.vllm_worker import TOKEN, pack
 from mindjax.models import hf_weights
-from mindjax.ops.quantize import dequantize, quantize
-from mindjax.rl.config import RolloutConfig
-from mindjax.rl.engine import Request
+from mindjax.ops.quantize import Quantized, dequantize
 from mindjax.types import Array, Completion
 
 Params = dict[str, Any]
 Weights = Literal["full", "int8", "fp8"]
 SHARED_MEMORY = Path("/dev/shm")
-# One scale per output channel.
-FORMATS = {"int8": "int8_row", "fp8": "e4m3_row"}
-_BRANCHES = {"attn": "q k v o".split(), "mlp": "gate up down".split(), "moe": "gate_up down".split()}
+
+
+class Request(Protocol):
+    """What is read of a `mindjax.rl.engine.Request`."""
+
+    @property
+    def rendered(self) -> Rendered: ...
 
 
 class VLLMEngine:
@@ -53,10 +56,11 @@ class VLLMEngine:
     Every answer names the weights that it is of, and one of other weights is never taken: all answers of a call of
     `generate` are of the weights of the last `update`, whose number `version` tells.
 
-    8 bits: with `weights` "int8" or "fp8" the projections of the language model are rounded by the formats of
-    `mindjax.ops.quantize` (one scale per output channel) before they are sent. vLLM on a processor then computes with
-    the rounded weights in `dtype`, which is an emulation: right numbers, no speed. Local workers on a GPU quantise
-    them again while loading, by the same rule, and use its 8-bit kernels, in fp8 with 8-bit activations too.
+    8 bits: with `weights` "int8" or "fp8" the products of the language model's layers have the weights that
+    `mindjax.inference.quantized` gives the native engine. vLLM on a processor is sent these as floats and computes in
+    `dtype`: an emulation of the weights, with neither the speed nor the 8-bit activations. Local workers on a GPU
+    quantise what they are sent once more while loading, by the same blocks, and use vLLM's 8-bit kernels: int8 weights
+    with activations in `dtype`, fp8 weights and activations.
 
     Random numbers: each sample has a seed made from its key. A key, a request and the weights give the same answer,
     as far as vLLM's logits do: products of batches of another size are summed in another order, which moves
@@ -79,7 +83,7 @@ class VLLMEngine:
         urls: Sequence[str] = (),
         token: str | None = None,
         dtype: str | None = None,
-        max_length: int = 4096,
+        max_length: int | None = None,
         max_rows: int = 64,
         timeout: float = 300.0,
         start_timeout: float = 900.0,
@@ -93,12 +97,12 @@ class VLLMEngine:
           config: of the model; vLLM's attention on a processor asks for a head_dim of 64 or 128.
           processor: is written beside the weights, as vLLM wants a whole model folder.
           params: the first weights, version 0.
-          weights: "full", or "int8" or "fp8" for the language model's projections.
+          weights: "full", or "int8" or "fp8" for the language model's layers.
           workers: local processes, where there are no `urls`.
           urls: of workers that were started elsewhere on a folder of this model, as "http://host:port".
           token: the secret of the workers at `urls`, by default from the environment (`vllm_worker.TOKEN`).
           dtype: "float32" or "bfloat16", of the computation; by default that of the parameters.
-          max_length: the longest prompt with its answer, in tokens.
+          max_length: the longest prompt with its answer, in tokens; by default 4,096, or what the model allows.
           max_rows: samples that a worker has in progress at once.
           timeout: seconds without a sign of life after which a worker counts as hung.
           start_timeout: seconds that a worker may take to start, or to read new weights.
@@ -118,10 +122,11 @@ class VLLMEngine:
             raise ValueError(f"workers at urls have a secret: set {TOKEN} to it, here and where they start")
         self._config, self._weights = config, weights
         self._dtype = dtype or str(params["text"]["norm"].dtype)
-        self._max_length, self._timeout, self._start_timeout = max_length, timeout, start_timeout
+        self._max_length = max_length or min(4096, config.text.max_position_embeddings)
+        self._timeout, self._start_timeout = timeout, start_timeout
         self._max_losses = max_losses
         self._settings = {
-            "max_model_len": max_length,
+            "max_model_len": self._max_length,
             "max_num_seqs": max_rows,
             "limit_mm_per_prompt": {"image": 1, "video": 0},  # what memory is set aside for, no limit on patches
             **(settings or {}),
@@ -217,7 +222,7 @@ class VLLMEngine:
 
     def _write(self, params: Params, version: int) -> None:
         if self._weights != "full":
-            params = rounded(params, self._weights)
+            params = rounded(params, self._config, self._weights)
         hf_weights.save(self._folder, self._config, params, dtype=self._dtype)
         self.version, self._tag = version, f"{version}-{secrets.token_hex(8)}"
 
@@ -314,19 +319,18 @@ class VLLMEngine:
                 raise
 
 
-def make_engine(
-    rollout: RolloutConfig, config: ModelConfig, params: Params, processor: Processor, **options: Any
-) -> VLLMEngine:
+def make_engine(run: Any, config: ModelConfig, params: Params, processor: Processor, **options: Any) -> VLLMEngine:
     """The engine that a run of RL asks for.
 
     Args:
-      rollout: its `weights`, `workers` and `urls` are read.
+      run: a `mindjax.rl.config.RLConfig`; its `rollout` and `dtype` are read.
       config, params, processor: the policy.
-      options: more of `VLLMEngine`'s arguments, such as dtype and max_length.
+      options: more of `VLLMEngine`'s arguments, such as max_length.
     """
+    rollout = run.rollout
     return VLLMEngine(
         config, processor, params,
-        weights=rollout.weights, workers=rollout.workers, urls=rollout.urls, **options,
+        weights=rollout.weights, workers=rollout.workers, urls=rollout.urls, dtype=run.dtype, **options,
     )  # fmt: skip
 
 
@@ -370,28 +374,20 @@ def seeds_of(keys: Array) -> np.ndarray:
     return np.asarray(seeds, np.int64).reshape(keys.shape)
 
 
-def rounded(params: Params, weights: str) -> Params:
-    """The parameters with the language model's projections rounded to 8 bits, in their own dtype.
+def rounded(params: Params, config: ModelConfig, weights: Literal["int8", "fp8"]) -> Params:
+    """The parameters with the layers' products rounded to what `quantize_params` makes of them, as floats."""
 
-    Args:
-      weights: one of FORMATS. Routers, norms, embedding, head and the vision encoder stay.
-    """
-    layers = {
-        name: {
-            leaf: _round(value, FORMATS[weights]) if leaf in _BRANCHES.get(name, ()) else value
-            for leaf, value in branch.items()
-        }
-        if isinstance(branch, dict)
-        else branch
-        for name, branch in params["text"]["layers"].items()
-    }
-    return {**params, "text": {**params["text"], "layers": layers}}
+    def restore(leaf: Any) -> Any:
+        return _restore(leaf, params["text"]["embed"].dtype) if isinstance(leaf, Quantized) else leaf
+
+    quantised = quantize_params(params, config, weights)
+    return jax.tree.map(restore, quantised, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
 @partial(jax.jit, static_argnums=1)
-def _round(kernel: Array, format: str) -> Array:
-    """A stack of [inputs, outputs]."""
-    return dequantize(quantize(kernel.swapaxes(-1, -2), format), kernel.dtype).swapaxes(-1, -2)
+def _restore(stack: Quantized, dtype: Any) -> Array:
+    """[..., outputs, inputs] as [..., inputs, outputs]."""
+    return dequantize(stack, dtype).swapaxes(-1, -2)
 
 
 def _shares(missing: Sequence[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:

@@ -49,8 +49,9 @@ TOKEN = "MINDJAX_VLLM_TOKEN"
 _SHARD = re.compile(r"[\w-]+\.safetensors")
 _CHUNK = 1 << 20
 _PICTURES = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-# Quantisation while loading, where a GPU has kernels for it: one scale per output channel, as our own formats.
-_NATIVE = {"int8": "int8_per_channel_weight_only", "fp8": "fp8_per_channel"}
+# Quantisation while loading, where a GPU has kernels for it: scales as in `mindjax.inference.quantized`.
+_NATIVE = {"int8": "int8_per_channel_weight_only", "fp8": "fp8_per_block"}
+_KEPT = ["visual.*", "*.mlp.gate"]  # the vision encoder and routers; embedding and head are no linear layers to vLLM
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -393,7 +394,7 @@ def start(folder: Path, arguments: argparse.Namespace) -> tuple[LLM, int]:
         "generation_config": "vllm",  # not the folder's temperatures
     }
     if arguments.weights in _NATIVE and not _without_gpu():
-        settings["quantization"] = _NATIVE[arguments.weights]
+        settings |= {"quantization": _NATIVE[arguments.weights], "quantization_config": {"ignore": _KEPT}}
     llm = engines.start(folder, arguments.dtype, **{**settings, **json.loads(arguments.engine)})
     model = json.loads((folder / "config.json").read_text())
     llm.collective_rpc("use_policy_sampler", args=([model[name] for name in _PICTURES],))
