@@ -1,7 +1,8 @@
-"""Two-byte floats as integers, where an array is sliced or updated in a loop.
+"""Floats of one and two bytes as integers, where an array is sliced or updated in a loop.
 
 XLA's CPU backend has no bfloat16 slice or update: it converts the whole array to float32 and back around each one,
-which turns a loop over a stack into work quadratic in its length. The same bits as integers are sliced as they are.
+which turns a loop over a stack into work quadratic in its length; float8 becomes float16, which takes twice the memory.
+The same bits as integers are sliced as they are.
 On other backends both functions cost nothing.
 """
 
@@ -17,9 +18,13 @@ Array = jax.Array
 
 
 def to_bits(x: Array) -> Array:
-    """A two-byte float as uint16 of the same shape; anything else as it is. Not differentiable."""
-    two_byte_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
-    return lax.bitcast_convert_type(x, jnp.uint16) if two_byte_float else x
+    """A small float as an unsigned integer of the same shape; anything else as it is. Not differentiable."""
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if is_small(x.dtype) else x
+
+
+def is_small(dtype: Any) -> bool:
+    """Whether it is a float of one or two bytes."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 2
 
 
 def from_bits(x: Array, dtype: Any) -> Array:

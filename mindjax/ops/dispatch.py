@@ -7,7 +7,7 @@ from typing import Any
 
 from jax import lax
 
-from kernels_cuda import jax_fused
+from kernels_cuda import jax_binding, jax_fused
 
 
 def on_cpu(kernel: Callable[..., Any], default: Callable[..., Any], *operands: Any) -> Any:
@@ -18,3 +18,11 @@ def on_cpu(kernel: Callable[..., Any], default: Callable[..., Any], *operands: A
     if not jax_fused.usable():
         return default(*operands)
     return lax.platform_dependent(*operands, cpu=kernel, default=default)
+
+
+def on_cpu_and_cuda(kernel: Callable[..., Any], default: Callable[..., Any], *operands: Any) -> Any:
+    """`kernel(*operands)` where `on_cpu` has it so and on CUDA where its library is there, `default` elsewhere."""
+    paths = {"cpu": kernel} if jax_fused.usable() else {}
+    if jax_binding.available("cuda"):
+        paths["cuda"] = kernel
+    return lax.platform_dependent(*operands, default=default, **paths) if paths else default(*operands)

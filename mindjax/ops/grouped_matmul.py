@@ -16,7 +16,9 @@ from jax import lax
 
 from kernels_cuda import jax_binding, library
 from mindjax.ops.bits import from_bits, to_bits
+from mindjax.ops.dispatch import on_cpu_and_cuda
 from mindjax.ops.matmul import contract, contract_rows
+from mindjax.ops.quantize import ACTIVATIONS, Quantized, dequantize, quantize
 
 Array = jax.Array
 
@@ -38,12 +40,13 @@ def grouped_matmul_reference(x: Array, w: Array, group_sizes: Array) -> Array:
     return _zero_past(lax.scan(add_group, out, (starts, ends, w))[0].astype(x.dtype), ends[-1])
 
 
-def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: str = "auto") -> Array:
+def grouped_matmul(x: Array, w: Array | Quantized, group_sizes: Array, *, implementation: str = "auto") -> Array:
     """Multiplies each group of consecutive rows with its own matrix, accumulating in float32.
 
     Args:
       x: [R, K]; the first `group_sizes[0]` rows belong to group 0, the next to group 1, and so on.
-      w: [G, K, N], of the dtype of `x`, float32 or bfloat16.
+      w: [G, K, N], of the dtype of `x`, float32 or bfloat16; or quantised, [G, N, K] with K last: then the rows of x
+        are quantised too, and there are no gradients.
       group_sizes: [G] int32, each >= 0, their sum <= R.
       implementation: "auto" takes the best path of the platform that the computation runs on: the library of
         `kernels_cuda` on CPU and CUDA where it is built, Pallas on TPU, else "loop" on CPU and "ragged_dot" elsewhere.
@@ -58,6 +61,8 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array, *, implementation: st
     Raises:
       ValueError: for shapes or dtypes that do not fit, an unknown implementation, or one whose library is missing.
     """
+    if isinstance(w, Quantized):
+        return _quantized(x, w, group_sizes)
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
             f"grouped_matmul takes x [R, K], w [G, K, N], group_sizes [G]; got {x.shape}, {w.shape}, "
@@ -95,6 +100,24 @@ def _backward(implementation: str, saved: tuple[Array, Array, Array], g: Array) 
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+def _quantized(x: Array, w: Quantized, group_sizes: Array) -> Array:
+    """The arithmetic of `mindjax.ops.quantize.quantized_matmul`, by kernels; elsewhere the same numbers multiplied out
+    in float32, which rounds int8 sums that the kernels have exactly."""
+    rows = quantize(x, ACTIVATIONS[w.format])
+    integers = w.values.dtype == jnp.int8
+
+    def kernel(rows: Quantized, w: Quantized, group_sizes: Array) -> Array:
+        call = jax_binding.gmm_s8 if integers else jax_binding.gmm_fp8
+        scales = [q.scales[..., 0] if integers else q.scales for q in (rows, w)]
+        return call(rows.values, scales[0], w.values, scales[1], group_sizes, dtype=x.dtype)
+
+    def emulation(rows: Quantized, w: Quantized, group_sizes: Array) -> Array:
+        matrices = dequantize(w).swapaxes(-1, -2)
+        return _gmm(dequantize(rows), matrices, group_sizes, False, "auto").astype(x.dtype)
+
+    return on_cpu_and_cuda(kernel, emulation, rows, w, group_sizes)
 
 
 def _gmm(x: Array, w: Array, group_sizes: Array, transposed: bool, implementation: str) -> Array:

@@ -1,4 +1,4 @@
-"""The dense product of the model, accumulated in float32 in both directions."""
+"""The dense product of the model, accumulated in float32 in both directions, or with a weight of 8 bits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_cuda import jax_binding
-from mindjax.ops.dispatch import on_cpu
+from mindjax.ops.dispatch import on_cpu, on_cpu_and_cuda
+from mindjax.ops.quantize import ACTIVATIONS, Quantized, quantize, quantized_matmul
 
 Array = jax.Array
 
 
-def matmul(x: Array, w: Array, *, dtype: Any = None) -> Array:
+def matmul(x: Array, w: Array | Quantized, *, dtype: Any = None) -> Array:
     """`x @ w` with float32 accumulation in the product and in both gradients.
 
     Args:
       x: [..., K].
-      w: [K, N], of the dtype of `x`.
+      w: [K, N], of the dtype of `x`; or quantised, [N, K] with K last: then the rows of x are quantised too, and the
+        product is `quantized_matmul`, without gradients.
       dtype: of the result; that of `x` by default. With float32 the accumulator is returned unrounded.
 
     Returns:
@@ -29,7 +31,21 @@ def matmul(x: Array, w: Array, *, dtype: Any = None) -> Array:
     JAX alone accumulates the gradients of a bfloat16 product in bfloat16, and XLA's CPU backend runs a bfloat16
     product without a float32 result at half speed.
     """
-    return _matmul(x, w, jnp.dtype(dtype or x.dtype))
+    dtype = jnp.dtype(dtype or x.dtype)
+    return _quantized(x, w, dtype) if isinstance(w, Quantized) else _matmul(x, w, dtype)
+
+
+def _quantized(x: Array, w: Quantized, dtype: jnp.dtype) -> Array:
+    rows = quantize(x.reshape(-1, x.shape[-1]), ACTIVATIONS[w.format])
+    product = partial(quantized_matmul, dtype=dtype)
+
+    def kernel(rows: Quantized, w: Quantized) -> Array:
+        matrix, scales, size = w.values[None], w.scales[None], _one_group(rows.values)
+        return jax_binding.gmm_fp8(rows.values, rows.scales, matrix, scales, size, dtype=dtype)
+
+    # int8: XLA's own product is the faster one on CPUs.
+    out = product(rows, w) if w.values.dtype == jnp.int8 else on_cpu_and_cuda(kernel, product, rows, w)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -13,6 +13,7 @@ of it dequantises to NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,6 +65,9 @@ FORMATS: dict[str, Format] = {
     "e5m2_row": _e5m2(1, None),
 }
 
+# Of the activations that meet a weight in this format.
+ACTIVATIONS = {"int8_row": "int8_row", "e4m3_128x128": "e4m3_1x128"}
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Quantized:
     format: str = field(metadata={"static": True})
 
 
+# Inlined, so that nothing but tracing is shared: a layer quantises activations of few shapes many times.
+@partial(jax.jit, static_argnames="format", inline=True)
 def quantize(x: Array, format: str) -> Quantized:
     """Quantises each matrix of x [..., rows, K] (float32 or bfloat16); blocks at the edges may be smaller.
 

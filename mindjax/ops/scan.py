@@ -1,4 +1,4 @@
-"""A scan over stacked layers that stores two-byte floats as integers."""
+"""A scan over stacked layers that stores floats of one and two bytes as integers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mindjax.ops.bits import from_bits, to_bits
+from mindjax.ops.bits import from_bits, is_small, to_bits
 
 Array = jax.Array
 # (carry, layer) -> (carry, outputs of the layer)
@@ -36,8 +36,8 @@ def scan_layers(block: Block, carry: Any, layers: Any) -> tuple[Any, Any]:
     Returns:
       (last carry, outputs stacked over layers).
     """
-    half = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves((carry, layers)))
-    if not half or jax.default_backend() != "cpu":
+    small = any(is_small(leaf.dtype) for leaf in jax.tree.leaves((carry, layers)))
+    if not small or jax.default_backend() != "cpu":
         return lax.scan(block, carry, layers)
     floats, rest = _partition(layers)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
