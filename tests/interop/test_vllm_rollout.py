@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered, append_completion, render
 from mindjax.inference.sampler import SamplingConfig, generate, sampling_keys
 from mindjax.interop.vllm_client import Worker
-from mindjax.interop.vllm_rollout import VLLMEngine, rounded
+from mindjax.interop.vllm_rollout import VLLMEngine, rounded, seeds_of
+from mindjax.interop.vllm_worker import goes_round, unpack
 from mindjax.models import qwen3_vl
 from mindjax.rl.engine import Request
 from mindjax.types import Completion
@@ -272,6 +275,116 @@ def test_a_worker_that_is_killed_is_replaced_and_no_sample_lost_or_taken_twice(
     assert distance(answers, right) < ATOL
 
 
+@pytest.fixture(scope="module")
+def model() -> tuple[ModelConfig, Processor, dict[str, Any]]:
+    processor = make_processor()
+    config = make_config(processor, moe=False)
+    return config, processor, make_params(config, 0)
+
+
+class Stub:
+    """A server that speaks as a worker does, without a model: the answer to a sample is its seed.
+
+    Attributes:
+      silent_after: answers of a call after which it hangs, or breaks off where `breaks`; None answers all.
+      asked: the seeds that it was asked for, call by call.
+      files: what it was sent.
+    """
+
+    def __init__(self, silent_after: int | None = None, *, breaks: bool = False) -> None:
+        self.version, self.asked, self.files = "", [], set()
+        stub, self._end = self, threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def reply(self, *lines: Any) -> None:
+                self.send_response(200)
+                self.end_headers()
+                for line in lines:
+                    self.wfile.write(json.dumps(line).encode() + b"\n")
+
+            def do_GET(self) -> None:
+                self.reply({"state": "ready", "version": stub.version})
+
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                stub.files.add(self.path.removeprefix("/weights/"))
+                self.reply({})
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path == "/update":
+                    order = json.loads(body)
+                    stub.version = order["version"] if stub.files == set(order["files"]) else "incomplete"
+                    self.reply({"version": stub.version}, {"done": True})
+                    return
+                seeds = [seed for _, seed in unpack(body)[0]["samples"]]
+                stub.asked.append(seeds)
+                rest = {"logprobs": [0.0], "reason": "stop", "version": stub.version}
+                self.reply(*({"sample": i, "tokens": [seed], **rest} for i, seed in enumerate(seeds[:silent_after])))
+                if silent_after is None:
+                    self.wfile.write(b'{"done": true}\n')
+                elif not breaks:
+                    self.wfile.flush()
+                    stub._end.wait(60)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_another_server_takes_over_what_a_lost_one_had_not_answered(model: Any, breaks: bool) -> None:
+    sampling, keys = SamplingConfig(num_samples=4), sampling_keys(0, 0, [0, 1], 4)
+    requests = [Request(prompt) for prompt in make_prompts(model[1])[:2]]
+    with contextlib.closing(Stub(1, breaks=breaks)) as bad, contextlib.closing(Stub()) as good:
+        engine = VLLMEngine(*model, urls=[bad.url, good.url], token="x", timeout=1.0)
+        with contextlib.closing(engine):
+            answers = engine.generate(requests, sampling, keys)
+            assert answers == engine.generate(requests, sampling, keys)  # of the good one alone
+            assert len(bad.asked) == 1
+            engine.update(model[2], 1)
+            engine.generate(requests, sampling, keys)
+    seeds = seeds_of(keys)
+    assert [[c.token_ids for c in group] for group in answers] == [[(int(seed),) for seed in row] for row in seeds]
+    # Two halves, and what one lacked; then everything; then the lost one is tried again.
+    assert [len(asked) for asked in good.asked] == [4, 3, 8, 4, 3]
+    assert set(good.asked[0] + good.asked[1]) == set(seeds.ravel().tolist()) - set(bad.asked[0][:1])
+    assert len(bad.asked) == 2
+
+
+def test_servers_that_are_all_lost_are_an_error(model: Any) -> None:
+    request = Request(make_prompts(model[1])[0])
+    with contextlib.closing(Stub(0, breaks=True)) as bad:
+        engine = VLLMEngine(*model, urls=[bad.url], token="x", max_losses=2)
+        with contextlib.closing(engine), pytest.raises(RuntimeError, match="failed 2 times in a row"):
+            engine.generate([request], SamplingConfig(), sampling_keys(0, 0, [0], 1))
+    assert len(bad.asked) == 2
+
+
+def test_circles_are_those_of_the_definition() -> None:
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(400):
+        answer = rng.integers(0, rng.integers(2, 4), rng.integers(1, 16)).tolist()
+        window, count, length = (int(rng.integers(low, high)) for low, high in ((1, 6), (2, 4), (0, 12)))
+        expected = any(
+            size >= max(period * count, length) and size <= len(answer)
+            and all(a == b for a, b in zip(answer[-size:], answer[-size + period :], strict=False))
+            for period in range(1, window + 1)
+            for size in range(period + 1, len(answer) + 1)
+        )  # fmt: skip
+        assert goes_round(answer, window, count, length) == expected
+        found += expected
+    assert 20 < found < 380
+
+
 def test_a_worker_without_its_secret_answers_nobody(pairs: dict[str, Pair]) -> None:
     (worker,) = pairs["moe"].engine._workers
     worker.ready(600, threading.Event())
@@ -303,13 +416,6 @@ def test_no_process_outlives_a_trainer_that_is_killed() -> None:
         time.sleep(0.1)
     assert not alive(int(pid))
     assert not any(Path(folder).exists() for folder in folders)
-
-
-@pytest.fixture(scope="module")
-def model() -> tuple[ModelConfig, Processor, dict[str, Any]]:
-    processor = make_processor()
-    config = make_config(processor, moe=False)
-    return config, processor, make_params(config, 0)
 
 
 def test_close_ends_processes_and_removes_folders(model: Any) -> None:
