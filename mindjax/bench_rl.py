@@ -47,6 +47,8 @@ from mindjax.bench_rl_sides import (
 TUNIX = ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8")
 SIDES = {"step": ("mindjax", "tunix"), "rollout": ("mindjax", "transformers", "vllm")}
 SIZES = ("full", "tiny")
+# Ours beside itself.
+ALONE: dict[str, dict[str, Any]] = {"two updates": {"updates": 2}, "pictures": {"pictures": True}}
 # Ratios of seconds, ours over theirs, at most.
 BARS = {"tunix": 0.5, "transformers": 1 / 5, "vllm": 1.2}
 
@@ -81,28 +83,33 @@ def tunix_python(folder: Path) -> Path:
     return python.absolute()
 
 
-def floor(case: RolloutCase) -> dict[str, float]:
-    """Operations and bytes that the rollout cannot do without, and the seconds they take on this machine.
+def work(case: RolloutCase) -> list[tuple[float, float]]:
+    """(operations, bytes) that each step of the rollout cannot do without, the prompts' own step first.
 
-    Operations: the vision encoder, the prompts once, and each answer's tokens alone (nobody pays for finished rows).
-    Bytes: all weights of the language model once for the prompts and once for each of the longest answer's steps, and
-    each token's keys and values. Seconds, where torch is there to measure the machine: of every step the larger of
-    operations over torch's dense product, and bytes over what all threads read from memory.
+    Operations: the vision encoder, the prompts once, and each answer's tokens alone: nobody need pay for finished rows.
+    Bytes: the weights of the language model once a step, and the keys and values of every unfinished row.
     """
     from mindjax.evaluation.compute import Compute
 
     model, text = rollout_model(case.size), rollout_model(case.size).text
     compute, width = Compute(model), 4 if case.dtype == "float32" else 2
     prompt, lengths = len(prompts(case)[0].tokens), case.lengths.reshape(-1)
-    embedding = text.vocab_size * text.hidden_size
+    head = 2 * text.vocab_size * text.hidden_size
     weights = width * compute.text(1, 1, 0) / 2  # a token alone: two operations per weight
     kv = width * text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim
-    prefill = compute.text(case.pictures, prompt, prompt) - 2 * case.pictures * (prompt - 1) * embedding
+    prefill = compute.text(case.pictures, prompt, prompt) - case.pictures * (prompt - 1) * head
     prefill += compute.vision(case.pictures, (picture_side(model) // model.vision.patch_size) ** 2)
     steps = [(prefill, weights)]
     for step in range(1, int(lengths.max())):
         rows = int((lengths > step).sum())
         steps.append((compute.text(rows, 1, prompt + step), weights + rows * (prompt + step) * kv))
+    return steps
+
+
+def floor(case: RolloutCase) -> dict[str, float]:
+    """`work` in all, and, where torch is there to measure the machine, the seconds that it takes: of every step the
+    larger of operations over torch's dense product, and bytes over what all threads read from memory."""
+    steps = work(case)
     result = {"operations": sum(flops for flops, _ in steps), "bytes": sum(size for _, size in steps)}
     if importlib.util.find_spec("torch"):
         speed, memory = machine(case.dtype)
@@ -170,8 +177,8 @@ def measure_step(case: StepCase, sides: Sequence[str]) -> dict[str, Any]:
     if "tunix" in sides:
         commands["tunix"] = (tunix_step(case), dict(ALLOCATOR))
     result = in_turns(commands, case.repetitions)
-    for name, changed in (("two updates", replace(case, updates=2)), ("pictures", replace(case, pictures=True))):
-        alone = in_turns({"mindjax": _worker("step", changed)}, case.repetitions)
+    for name, changed in ALONE.items():
+        alone = in_turns({"mindjax": _worker("step", replace(case, **changed))}, case.repetitions)
         result[f"mindjax, {name}"] = alone["mindjax"]
     return {"case": asdict(case), "sides": result, "ratios": ratios(result)}
 
