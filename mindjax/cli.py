@@ -25,6 +25,7 @@ from typing import Any
 # must not import.
 KINDS = {
     "pipeline": "mindjax.pipeline:run",
+    "mgpo": "mindjax.mgpo:run",
     "sft": "mindjax.sft.train:main",
     "rl": "mindjax.rl.train:main",
     "dpo": "mindjax.dpo.train:main",

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "mindjax.experiment": {"experiments"},
     "mindjax.doctor": {"mindjax", "kernels_cuda"},
     "mindjax.pipeline": LOOP | {"mindjax.experiment", "mindjax.sft", "mindjax.rl", "mindjax.dpo"},
+    "mindjax.mgpo": LOOP | {"mindjax.experiment", "mindjax.sft", "mindjax.rl"},
     "mindjax.workers": {"mindjax.train"},
     "mindjax.results": LOOP
     | {"mindjax.allocator", "mindjax.experiment", "mindjax.workers", "mindjax.sft", "mindjax.rl", "mindjax.dpo"},

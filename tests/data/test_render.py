@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mindjax.data.positions import positions_from_tokens
 from mindjax.data.processor import Processor
-from mindjax.data.render import Rendered, append_completion, render
+from mindjax.data.render import Rendered, append_completion, append_message, render
 
 Message = dict[str, Any]
 
@@ -277,6 +277,62 @@ def test_a_completion_continues_its_prompt(processor: Processor) -> None:
     assert append_completion(prompt, []).tokens.tolist() == prompt.tokens.tolist()
     with pytest.raises(ValueError, match="placeholder"):
         append_completion(prompt, [processor.image_token_id])
+
+
+# --- messages that follow ---
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+@pytest.mark.parametrize("reply", ["it is seven", "\n", ""])
+def test_a_message_follows_as_the_template_writes_it(processor: Processor, role: str, reply: str) -> None:
+    """Where the reply is tokenized as the template would, the whole is what rendering it at once gives."""
+    image = [{"type": "image", "image": noise(90, 40, 3)}]
+    follows = {
+        "role": role,
+        "content": [
+            {"type": "text", "text": "see<|im_end|>\n"},
+            *image,
+            {"type": "image", "image": noise(33, 70, 3, seed=1)},
+        ],
+    }
+    prompt = render([{"role": "user", "content": image}], processor, add_generation_prompt=True)
+    sampled = [*processor.encode_text(reply), processor.im_end_token_id]
+    whole = append_message(append_completion(prompt, sampled), follows, processor)
+    messages: list[Message] = [
+        {"role": "user", "content": image},
+        {"role": "assistant", "content": reply},
+        follows,
+    ]
+    at_once = render(messages, processor, add_generation_prompt=True)
+    if reply != "\n":  # which a header swallows
+        np.testing.assert_array_equal(whole.tokens, at_once.tokens)
+        np.testing.assert_array_equal(whole.positions, at_once.positions)
+        np.testing.assert_array_equal(whole.modality, at_once.modality)
+        assert whole.next_position == at_once.next_position
+    assert [grid for _, grid in whole.frames] == [grid for _, grid in at_once.frames]
+    for (ours, _), (theirs, _) in zip(whole.frames, at_once.frames, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert whole.frames[0][0] is prompt.frames[0][0], "the first picture is not processed again"
+    before = len(prompt.tokens) + len(sampled)
+    assert whole.tokens[:before].tolist() == [*prompt.tokens.tolist(), *sampled]
+    assert whole.loss_mask[:before].tolist() == [0.0] * len(prompt.tokens) + [1.0] * len(sampled)
+    assert not whole.loss_mask[before:].any()
+    recomputed = positions_from_tokens(whole.tokens, [grid for _, grid in whole.frames], processor)
+    np.testing.assert_array_equal(whole.positions, recomputed)
+
+
+def test_no_message_follows_half_a_reply(processor: Processor) -> None:
+    from dataclasses import replace
+
+    prompt = render([{"role": "user", "content": "What?"}], processor, add_generation_prompt=True)
+    message = {"role": "user", "content": "more"}
+    for cut in (prompt, append_completion(prompt, processor.encode_text("it is"))):
+        with pytest.raises(ValueError, match="this one was cut"):
+            append_message(cut, message, processor)
+    ended = append_completion(prompt, [processor.im_end_token_id])
+    forgets = "{% for m in messages %}<|im_start|>{{ m.role if loop.last else 'x' }}\n<|im_end|>\n{% endfor %}"
+    with pytest.raises(ValueError, match="writes a reply otherwise once a 'user' message follows"):
+        append_message(ended, message, replace(processor, chat_template=forgets))
 
 
 # --- errors ---

@@ -424,7 +424,7 @@ def counter(access: Access) -> Tool:
 
 def test_a_reader_cannot_write() -> None:
     """Neither a READ tool that tries to, nor a caller with READ access through a WRITE tool."""
-    state = {"count": 0, "list": [1], "pixels": np.zeros(3), "deep": {"set": {1}}}
+    state: dict[str, Any] = {"count": 0, "list": [1], "pixels": np.zeros(3), "deep": {"set": {1}}}
     tools = [counter(Access.READ), counter(Access.WRITE)]
     reader, writer = Toolbox(tools), Toolbox(tools, Access.WRITE)
     with pytest.raises(TypeError, match="does not support item assignment"):
@@ -459,7 +459,9 @@ def test_no_fuzzed_call_writes_through_a_reader() -> None:
     for _ in range(10_000):
         call = {"name": names[rng.integers(len(names))], "arguments": {"by": values[rng.integers(len(values))]}}
         with pytest.raises(InvalidCall):
-            reader.call(state, *parse_call(f"<tool_call>{json.dumps(call)}</tool_call>"))
+            parsed = parse_call(f"<tool_call>{json.dumps(call)}</tool_call>")
+            assert parsed is not None
+            reader.call(state, *parsed)
     assert state == {"count": 0}
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mindjax.data.tasks import digits, letters, shapes, text
+from mindjax.data.tasks import canvas, digits, letters, shapes, text
 from mindjax.data.tasks.item import Item
 from mindjax.data.tasks.sources import Split
 from mindjax.types import Sample
@@ -25,6 +25,8 @@ FAMILIES: dict[str, Callable[[Split, np.random.Generator], Item]] = {
     "digit_largest": digits.digit_largest,
     "digit_count": digits.digit_count,
     "digit_any": digits.digit_any,
+    "digit_canvas": canvas.digit_canvas,
+    "shape_any": shapes.shape_any,
     "locate": shapes.locate,
     "text_only": text.text_only,
 }
