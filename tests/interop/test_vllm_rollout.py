@@ -271,8 +271,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_sample_lost_or_taken_twice(
     assert 3 <= len(taken) == 24  # what came before the kill was not asked for again
     assert sorted(taken) == sorted((c.token_ids, c.logprobs) for group in answers for c in group)
     assert tokens(answers) == tokens(expected)
-    right = trainer_logprobs(pair.config, pair.params[1], pair.prompts, answers, 1.0)
-    assert distance(answers, right) < ATOL
+    assert distance(answers, [[np.asarray(c.logprobs) for c in group] for group in expected]) < ATOL
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +324,7 @@ class Stub:
                     self.wfile.write(b'{"done": true}\n')
                 elif not breaks:
                     self.wfile.flush()
-                    stub._end.wait(60)
+                    stub._end.wait(600)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
