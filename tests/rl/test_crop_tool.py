@@ -117,7 +117,9 @@ def test_crops_of_crops_agree_with_one_crop(boxes: Any) -> None:
         ((-500, 500, 500, 1500), "local", CROP, FREE, (100, 100, 200, 150)),  # clamped to the crop it refers to
         ((-500, 500, 500, 1500), "normalised", CROP, FREE, (0, 384, 512, 768)),  # refers to the original
         ((0, 0, 1e308, 1e308), "normalised", CROP, FREE, (0, 0, 1024, 768)),
-        # 0.1 + 0.2 is not 0.3: an edge that is whole but for rounding stays.
+        # 27 * (448 / 48) is 252.00000000000003, 42 * (300 / 56) 224.99999999999997: whole but for rounding.
+        ((18, 18, 27, 27), "shown", View((0.0, 0.0, 448.0, 448.0), (48, 48)), FREE, (168, 168, 252, 252)),
+        ((42, 42, 56, 56), "shown", View((0.0, 0.0, 300.0, 300.0), (56, 56)), FREE, (225, 225, 300, 300)),
         ((100, 100, 300, 300), "normalised", View((0, 0, 1, 1), (1, 1)), FREE, (102, 76, 308, 231)),
         ((0.3 * 1000, 0, 0.7 * 1000, 1000), "local", View((0.0, 0.0, 10.0, 10.0), (1, 1)), FREE, (3, 0, 7, 10)),
         # Too small: grown about the middle, and moved inward at an edge.
