@@ -25,8 +25,8 @@ from mindjax.types import Array
 
 Metrics = dict[str, tuple[Array, Array]]
 
-# exp() of more than this is cut anyway; a weight must not be infinite before it is.
-MAX_LOG_WEIGHT = 20.0
+# exp() of more than this would make one token's estimate, and with it the mean, infinite.
+MAX_LOG_DIFFERENCE = 20.0
 
 # Means over tokens of s, d, s^2, d^2 and s d, for s = logp_old + logp_rollout and d = logp_old - logp_rollout.
 MOMENTS = ("pearson_s", "pearson_d", "pearson_ss", "pearson_dd", "pearson_sd")
@@ -110,7 +110,7 @@ def off_policy_weights(
         if config.level == "geometric":
             log_weight = log_weight / jnp.maximum(lengths, 1.0)
         present = lengths > 0
-    raw = jnp.exp(jnp.clip(log_weight, -MAX_LOG_WEIGHT, MAX_LOG_WEIGHT))
+    raw = jnp.exp(log_weight)  # may be infinite, and is cut then
     if config.mode == "truncate":
         cut = raw > config.cap
         weights = jnp.where(cut, config.cap, raw)
@@ -145,7 +145,7 @@ def divergence(logp_old: Array, logp_rollout: Array, mask: Array) -> tuple[Metri
     d = _difference(logp_old, logp_rollout, policy)
     s = jnp.where(policy, jax.lax.stop_gradient(logp_old.astype(jnp.float32) + logp_rollout.astype(jnp.float32)), 0.0)
     count = policy.sum().astype(jnp.float32)
-    bounded = jnp.clip(d, -MAX_LOG_WEIGHT, MAX_LOG_WEIGHT)
+    bounded = jnp.clip(d, -MAX_LOG_DIFFERENCE, MAX_LOG_DIFFERENCE)
     terms = {
         "rollout_kl": jnp.expm1(bounded) - bounded,
         "rollout_difference": jnp.abs(d),
