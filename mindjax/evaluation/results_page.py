@@ -67,7 +67,7 @@ MEASURES = {
     "invented": Measure("invented without a picture, greedy, %", 1, 100),
     "invented, T = 1": Measure("invented without a picture, T = 1, %", 1, 100),
 }
-# Of `metrics.jsonl`, the mean over the steps.
+# Of `metrics.jsonl`, the mean over the steps; of seconds the median.
 TRAINING = {
     "reward": Measure("reward", 3),
     "pass@1": Measure("pass@1 of rollouts, %", 1, 100),
@@ -92,7 +92,7 @@ class Column:
 
     Attributes:
       measure: a name of `PER_ITEM`, or of `metrics.jsonl` where `on` is "training".
-      on: which held-out items, or "training" for the mean over a run's steps.
+      on: which held-out items, or "training" for the mean over a run's steps; of seconds it is the median.
       at: the end of a run or the middle of its steps.
       families: "all", "single" or "several", as the families have one or several right replies, or a family's name.
       label: over the column; "" is the measure's own.
@@ -155,9 +155,9 @@ class Files:
         folder = self.run(arm, seed)
         if column.on == "training":
             steps = [record[column.measure] for record in read_metrics(folder) if column.measure in record]
-            # The first step compiles.
-            steps = steps[1:] if column.measure.endswith("_seconds") else steps
-            return [float(np.mean(steps))] if steps else []
+            # A step that compiles takes a hundred times as long as the others.
+            middle = np.median if column.measure.endswith("_seconds") else np.mean
+            return [float(middle(steps))] if steps else []
         wanted = {
             "all": (*self.summary["families"], *self.summary["several"]),
             "single": tuple(self.summary["families"]),
@@ -383,7 +383,7 @@ def _html(files: Files, sections: Sequence[Section], pictures: Mapping[str, Path
 
 def _table(head: tuple[str, list[str]], rows: Sequence[tuple[str, list[str]]], *, raw: bool = False) -> str:
     """An HTML table; cells are escaped unless they are `raw` markup."""
-    top = "".join(f"<th>{escape(text).replace(', ', ',<br>')}</th>" for text in (head[0], *head[1]))
+    top = "".join(f"<th>{escape(text).replace(', ', '<br>')}</th>" for text in (head[0], *head[1]))
     body = "".join(
         f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell if raw else escape(cell)}</td>' for cell in cells)}</tr>"
         for name, cells in rows
@@ -403,12 +403,13 @@ def _picture(files: Files, section: Section) -> Path:
 
     compared = list(section.arms)[1:]
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(section.arms)}
-    bars = [c for i, c in enumerate(section.columns) if any(_shown(section.cells[arm][i]) for arm in compared)]
-    panels, wide = len(section.curves) + len(bars), 3
+    # What happens in training is seen in the curves.
+    bars = [c for c in section.columns if c.on != "training" and section.cells[compared[0]][section.columns.index(c)]]
+    panels, wide = len(section.curves) + len(bars), 4
     tall = -(-panels // wide)
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5}
     with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(tall, wide, figsize=(12, 2.6 * tall + 0.5), layout="constrained", squeeze=False)
+        figure, axes = pyplot.subplots(tall, wide, figsize=(14, 2.4 * tall + 0.5), layout="constrained", squeeze=False)
         places = iter(axes.flat)
         for name in section.curves:
             axis = next(places)
@@ -442,12 +443,10 @@ def _picture(files: Files, section: Section) -> Path:
     return path
 
 
-def _shown(cell: Cell | None) -> bool:
-    return cell is not None and cell.difference is not None
-
-
 def _curve(axis: Any, runs: Sequence[Sequence[Mapping[str, float]]], name: str, colour: str) -> None:
-    lines = [[record[name] for record in records if name in record] for records in runs]
+    scale = TRAINING[name].scale if name in TRAINING else 1.0
+    first = 1 if name.endswith("_seconds") else 0  # which compiles
+    lines = [[scale * record[name] for record in records[first:] if name in record] for records in runs]
     lines = [running_mean(line, max(1, len(line) // 12)) for line in lines if line]
     if not lines:
         return
