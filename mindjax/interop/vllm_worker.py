@@ -102,6 +102,7 @@ class State:
     """What both sides of the process look at."""
 
     version: str
+    home: str | None = None
     ready: bool = False
     steps: int = 0
     jobs: queue.Queue[Job] = field(default_factory=queue.Queue)
@@ -109,7 +110,8 @@ class State:
     @functools.cached_property
     def staging(self) -> Path:
         """Where weights that come over HTTP lie until the update."""
-        return Path(tempfile.mkdtemp(prefix="mindjax-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        return Path(tempfile.mkdtemp(prefix="mindjax-", dir=self.home or memory))
 
 
 @dataclass
@@ -428,7 +430,8 @@ def main() -> None:
         parser.error(f"set {TOKEN} to a secret that the trainer knows")
     if arguments.parent:
         threading.Thread(target=_end_with, args=(arguments.parent, arguments.remove), daemon=True).start()
-    state = State(arguments.version)
+    # Where who started it cleans up, for it may be killed.
+    state = State(arguments.version, home=arguments.remove[-1] if arguments.remove else None)
     handler = type("Handler", (Handler,), {"state": state, "token": token})
     server = ThreadingHTTPServer((arguments.host, arguments.port), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
