@@ -4,9 +4,10 @@ As in `mindjax bench`: each side runs in a process of its own, is warmed up, and
 reported. Tunix is installed on first use into an environment of its own, `.cache/tunix`, for it wants other versions
 of what we use.
 
-The step: 4 prompts x 4 samples, 64 + 64 tokens, 4 layers x 256. Both sides sample to full length, score, and make one
-GSPO update; after it is made on policy, neither computes old log-probabilities apart. Beside it, ours alone: with two
-updates, which do take them, and with pictures. Bar: at most half of Tunix's time.
+The step: 4 prompts x 4 samples, 64 + 64 tokens, 4 layers x 256, the same parity reward. Both sides sample to full
+length, score, and make one GSPO update with AdamW. It is on policy: its own log-probabilities are the old ones on both
+sides. Beside it, ours alone: with two updates, which need old log-probabilities of their own, and with pictures. Bar:
+at most half of Tunix's time.
 
 The rollout: 4 pictures x 8 samples of a model of about 260 million parameters; answers of 8 to 64 tokens, each as long
 on one side as on the other. The model is random and stops nowhere by itself, so lengths are given: vLLM takes a limit

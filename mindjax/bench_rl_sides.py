@@ -142,6 +142,7 @@ def our_step(case: StepCase) -> None:
     from mindjax.rl.config import RLConfig
     from mindjax.rl.rewards import RewardConfig
     from mindjax.rl.train import train
+    from mindjax.train.metrics import read_metrics
     from mindjax.train.optimizer import OptimizerConfig
 
     counter = CompileCounter()
@@ -155,7 +156,7 @@ def our_step(case: StepCase) -> None:
         updates_per_rollout=case.updates,
         max_new_tokens=case.new_tokens,
         evaluate_every=1,
-        reward=RewardConfig(custom=(f"{__package__}.bench_rl_sides:odd",)),
+        reward=RewardConfig(custom=("mindjax.bench_rl_sides:odd",)),
         optimizer=OptimizerConfig(
             learning_rate=1e-5, weight_decay=0.01, clip_norm=1.0, schedule="constant",
             multipliers=(("^vision", 0.0), (".*", 1.0)),
@@ -181,10 +182,9 @@ def our_step(case: StepCase) -> None:
     params = qwen3_vl.init(model, jax.random.key(0))
     with tempfile.TemporaryDirectory() as folder:
         train(config, model, params, samples, processor, folder, evaluate=turn)
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        rows = read_metrics(folder)
     timed = [row for row in rows if row["step"] > WARM_UP]
-    keys = [key for key in (f"{share}_seconds" for share in SHARES) if all(key in row for row in timed)]
-    shares = {key.removesuffix("_seconds"): statistics.median(row[key] for row in timed) for key in keys}
+    shares = {share: statistics.median(row[f"{share}_seconds"] for row in timed) for share in SHARES}
     answer({"peak": peak_memory(), "compiled": counter.count - compiled, "shares": shares})
 
 

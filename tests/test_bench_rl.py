@@ -28,7 +28,7 @@ def test_our_side_ends_in_seconds_and_figures(
         assert side["seconds"] > 0 and side["cpu_seconds"] > 0 and side["compiled"] == 0 and side["peak"] > 2**20
     for side in step.values():
         assert set(side["shares"]) == set(bench_rl_sides.SHARES)
-        assert sum(side["shares"].values()) <= 1.2 * side["seconds"]  # medians of two turns each
+        assert sum(side["shares"].values()) <= side["seconds"]  # medians of two turns are means
         assert min(side["shares"]["rollout"], side["shares"]["update"]) > 0
     # One update is on policy: only the second variant asks for old log-probabilities.
     assert step["mindjax"]["shares"]["logprob"] < step["mindjax, pictures, two updates"]["shares"]["logprob"]

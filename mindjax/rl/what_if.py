@@ -6,7 +6,9 @@ numbers, so that sliders can stand for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +141,7 @@ def clip(eps_low: float = 0.2, eps_high: float = 0.28, dual_clip: float = 3.0) -
             eps_low=eps_low, eps_high=eps_high, dual_clip=dual if dual > 1 else 0.0,
         ).sum  # fmt: skip
 
-    both = jax.vmap(jax.value_and_grad(loss), (0, None, None))
+    both = jax.jit(jax.vmap(jax.value_and_grad(loss), (0, None, None)), static_argnums=2)
     for advantage, name, colour in ((1.0, "advantage +1", COLOURS[2]), (-1.0, "advantage -1", COLOURS[1])):
         for dual, style in ((0.0, ":"), (dual_clip, "-")):
             if dual <= 1 and dual_clip > 1 and advantage > 0:
@@ -158,18 +160,18 @@ def off_policy(noise: float = 0.05, tokens: int = 64, cap: float = 2.0, floor: f
     """The weight by the ratio, and the weights of 2000 answers whose rollout was off by so much noise per token.
 
     Args:
-      noise: standard deviation of the difference of a token's log-probability, in nats; 8-bit weights give about 0.05.
+      noise: standard deviation of the difference of a token's log-probability, in nats.
       tokens: of an answer.
       cap, floor: see `OffPolicyConfig`.
     """
     titles = ("weight of one answer", f"2000 answers of {tokens} tokens, {noise:g} nats off at each")
     figure, (left, right) = _axes(2, titles, ("ratio, trainer over rollout", "weight"), ("weight", "answers"))
     ratios = jnp.linspace(0.05, 4, 300)
+    weigh = jax.jit(off_policy_weights, static_argnums=3)
 
     def weights(difference: jax.Array, level: str, mode: str) -> np.ndarray:
         config = OffPolicyConfig(level, mode, cap, floor)  # type: ignore[arg-type]
-        found, _ = off_policy_weights(difference, jnp.zeros_like(difference), jnp.ones_like(difference), config)
-        return np.asarray(found)
+        return np.asarray(weigh(difference, jnp.zeros_like(difference), jnp.ones_like(difference), config)[0])
 
     for mode, colour in (("truncate", COLOURS[0]), ("mask", COLOURS[1])):
         left.plot(ratios, weights(jnp.log(ratios)[:, None], "sequence", mode), color=colour, label=mode)
@@ -205,6 +207,41 @@ def multiple(trajectory: Trajectory, sample: Sample) -> dict[str, float]:
     """
     del sample
     return {"correct": float(trajectory.segments[-1].token_ids[0] % 8 == 0)}
+
+
+def sliders(figure: Callable[..., Figure], **ranges: tuple[float, ...]) -> Any:
+    """A figure under a slider for each of its numbers; what it refuses is said in its place.
+
+    Args:
+      figure: one of the functions above; its defaults are where the sliders stand.
+      ranges: (lowest, highest) or (lowest, highest, step) by the name of an argument; whole numbers stay whole.
+    """
+    import ipywidgets
+
+    picture, problem = ipywidgets.Image(format="png", layout={"max_width": "100%"}), ipywidgets.Label()
+    controls = {}
+    for name, (low, high, *step) in ranges.items():
+        whole = all(isinstance(number, int) for number in (low, high, *step))
+        kind, smallest = (ipywidgets.IntSlider, 1) if whole else (ipywidgets.FloatSlider, 0.1)
+        controls[name] = kind(
+            value=inspect.signature(figure).parameters[name].default,
+            min=low, max=high, step=step[0] if step else smallest, description=name, continuous_update=False,
+        )  # fmt: skip
+
+    def draw(_: Any = None) -> None:
+        try:
+            drawn = figure(**{name: control.value for name, control in controls.items()})
+        except ValueError as error:
+            problem.value = str(error)
+            return
+        file = io.BytesIO()
+        drawn.savefig(file, dpi=80)
+        picture.value, problem.value = file.getvalue(), ""
+
+    for control in controls.values():
+        control.observe(draw, "value")
+    draw()
+    return ipywidgets.VBox([*controls.values(), problem, picture])
 
 
 def runs(workdirs: Mapping[str, str | Path], keys: Sequence[str], phase: str = "") -> Figure:
