@@ -73,8 +73,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if (self.repeat_window > 0) != (self.repeat_count > 0):
             raise ValueError("rl: set rollout.repeat_window and rollout.repeat_count together, or neither")
-        if self.engine == "vllm" and (self.repeat_window or self.devices):
-            raise ValueError("rl: rollout.repeat_window and rollout.devices are of the native engine, not of vllm")
+        if self.engine == "vllm" and self.devices:
+            raise ValueError("rl: rollout.devices are of the native engine; vllm has processes of its own")
 
 
 @dataclass(frozen=True)

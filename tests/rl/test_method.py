@@ -178,7 +178,7 @@ def test_rollouts_on_devices_of_their_own(tmp_path: Path) -> None:
         ({"off_policy": {"level": "token"}}, "needs level='token'"),
         ({"rollout": {"overlap": True}}, "set off_policy.level"),
         ({"rollout": {"repeat_window": 4}}, "together, or neither"),
-        ({"rollout": {"engine": "vllm", "devices": 1}}, "of the native engine"),
+        ({"rollout": {"engine": "vllm", "devices": 1}}, "are of the native engine"),
         ({"oversample": {"largest": 0.5}}, "at least 1"),
         ({"kl": "k3"}, "kl and kl_coefficient together"),
     ],
