@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,6 @@ Weights = Literal["full", "int8", "fp8"]
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class Request(Protocol):
-    """What is read of a `mindjax.rl.engine.Request`."""
-
-    @property
-    def rendered(self) -> Rendered: ...
-
-
 class VLLMEngine:
     """Samples answers in vLLM worker processes; a `mindjax.rl.engine.RolloutEngine`.
 
@@ -62,7 +55,7 @@ class VLLMEngine:
     quantise what they are sent once more while loading, by the same blocks, and use vLLM's 8-bit kernels: int8 weights
     with activations in `dtype`, fp8 weights and activations.
 
-    Random numbers: each sample has a seed made from its key. A key, a request and the weights give the same answer,
+    Random numbers: each sample has a seed made from its key. A key, a prompt and the weights give the same answer,
     as far as vLLM's logits do: products of batches of another size are summed in another order, which moves
     log-probabilities by about 1e-6 in float32 and 1e-2 in bfloat16, and turns a draw that lies so close to a boundary.
     The numbers are not those of the native engine.
@@ -173,10 +166,10 @@ class VLLMEngine:
             self._write(params, version)
             self._everywhere(self._workers, self._bring_up_to_date)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, keys: Array) -> list[list[Completion]]:
-        """Answers to each request; see `RolloutEngine`.
+    def generate(self, prompts: Sequence[Rendered], sampling: SamplingConfig, keys: Array) -> list[list[Completion]]:
+        """Answers to each prompt; see `RolloutEngine`.
 
-        The pictures are those of `Request.rendered`. Where `sampling` limits by top_k or top_p, greedy answers still
+        The pictures are the patches of the prompts. Where `sampling` limits by top_k or top_p, greedy answers still
         report log-probabilities over the whole vocabulary.
 
         Raises:
@@ -184,10 +177,10 @@ class VLLMEngine:
           RuntimeError: where a worker keeps dying, with the end of what it printed.
         """
         samples = sampling.num_samples
-        if keys.shape != (len(requests), samples):
-            raise ValueError(f"keys have shape {keys.shape}; give one per request and sample, {len(requests), samples}")
-        prompts = [Prompt.of(request.rendered, self._config.vision.spatial_merge_size) for request in requests]
-        longest = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_new_tokens
+        if keys.shape != (len(prompts), samples):
+            raise ValueError(f"keys have shape {keys.shape}; give one per prompt and sample, {len(prompts), samples}")
+        asked = [Prompt.of(prompt, self._config.vision.spatial_merge_size) for prompt in prompts]
+        longest = max((len(prompt.tokens) for prompt in asked), default=0) + sampling.max_new_tokens
         if longest > self._max_length:
             raise ValueError(
                 f"a prompt and its answer take up to {longest} tokens and the engine was made for {self._max_length}; "
@@ -195,7 +188,7 @@ class VLLMEngine:
             )
         seeds = seeds_of(keys)
         answers: dict[tuple[int, int], Completion] = {}
-        wanted = [(p, n) for p in range(len(prompts)) for n in range(samples)]
+        wanted = [(p, n) for p in range(len(asked)) for n in range(samples)]
         with self._lock:
             while missing := [place for place in wanted if place not in answers]:
                 self._check_open()
@@ -206,7 +199,7 @@ class VLLMEngine:
                 def ask(worker: Worker, shares: Mapping[str, Any] = shares) -> None:
                     if share := shares[worker.name]:
                         self._bring_up_to_date(worker)
-                        self._ask(worker, share, prompts, sampling, seeds, answers)
+                        self._ask(worker, share, asked, sampling, seeds, answers)
 
                 self._everywhere(workers, ask)
         return [[answers[p, n] for n in range(samples)] for p in range(len(prompts))]

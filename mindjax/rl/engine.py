@@ -26,30 +26,18 @@ from mindjax.types import Array, Completion
 Params = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Request:
-    """A conversation to go on with.
-
-    Attributes:
-      rendered: it, up to where the next token is sampled.
-      images: its pictures in order, as they stand in the messages, for engines that process pixels themselves.
-    """
-
-    rendered: Rendered
-    images: tuple[Any, ...] = ()
-
-
 class RolloutEngine(Protocol):
     """Samples answers from weights that it is given."""
 
     def update(self, params: Params, version: int) -> None:
         """Replaces the weights; whatever old ones computed (prefixes, pictures) is forgotten. Returns when done."""
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, keys: Array) -> list[list[Completion]]:
-        """`sampling.num_samples` answers to each request, log-probabilities as `mindjax.inference.sampler.generate`.
+    def generate(self, prompts: Sequence[Rendered], sampling: SamplingConfig, keys: Array) -> list[list[Completion]]:
+        """`sampling.num_samples` answers to each prompt, log-probabilities as `mindjax.inference.sampler.generate`.
 
         Args:
-          keys: [requests, num_samples] PRNG keys; an answer depends on its key, the request and the weights alone.
+          prompts: conversations up to where the next token is sampled.
+          keys: [prompts, num_samples] PRNG keys; an answer depends on its key, the prompt and the weights alone.
         """
 
     def close(self) -> None:
@@ -58,11 +46,11 @@ class RolloutEngine(Protocol):
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the vision encoder made of the pictures of some requests.
+    """What the vision encoder made of the pictures of some prompts.
 
     Attributes:
       table: features of all of them.
-      rows: for each request, the rows of the table that are its own, in token order.
+      rows: for each prompt, the rows of the table that are its own, in token order.
     """
 
     table: VisionFeatures
@@ -101,10 +89,9 @@ class NativeEngine:
         self._params = [jax.device_put(params, device) for device in self._devices] or [params]
         jax.block_until_ready(self._params)
 
-    def encode(self, requests: Sequence[Request], samples: int) -> Pictures | None:
-        """The pictures of the requests, for `generate` with so many samples and for the trainer; None where there are
+    def encode(self, prompts: Sequence[Rendered], samples: int) -> Pictures | None:
+        """The pictures of the prompts, for `generate` with so many samples and for the trainer; None where there are
         none, or where they are encoded on several devices."""
-        prompts = [request.rendered for request in requests]
         shape = self._shape(prompts, samples)
         if shape is None or len(self._params) > 1:
             return None
@@ -115,10 +102,10 @@ class NativeEngine:
         return None if table is None else Pictures(table, table_rows(batches, shape))
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, keys: Array, pictures: Pictures | None = None
+        self, prompts: Sequence[Rendered], sampling: SamplingConfig, keys: Array, pictures: Pictures | None = None
     ) -> list[list[Completion]]:
         """See `RolloutEngine`; `pictures` are those of `encode`, encoded here where they are missing."""
-        prompts, count = [request.rendered for request in requests], len(self._params)
+        count = len(self._params)
         shape = self._shape(prompts, sampling.num_samples)
         table = None if pictures is None else pictures.table
         if table is not None and self._devices:

@@ -21,7 +21,7 @@ from mindjax.data.packing import SampleSize, size_of
 from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered, append_completion, append_message, render
 from mindjax.inference.sampler import SamplingConfig, sampling_keys
-from mindjax.rl.engine import Request, RolloutEngine
+from mindjax.rl.engine import RolloutEngine
 from mindjax.rl.rollout import FLAG_OF_FINISH, Prompt, reply_text
 from mindjax.types import Array, Completion, Sample, Segment, Trajectory
 
@@ -121,12 +121,8 @@ class _Play:
     flags: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        self.rendered, self.images = self.prompt.rendered, self.prompt.images
+        self.rendered = self.prompt.rendered
         self.env.reset(self.prompt.sample)
-
-    @property
-    def request(self) -> Request:
-        return Request(self.rendered, self.images)
 
     def take(self, completion: Completion, last: bool) -> bool:
         """Adds a turn of the policy and the answer to it; whether the policy has another turn."""
@@ -152,7 +148,7 @@ class _Play:
         frames = [len(patches) for patches, _ in longer.frames[len(self.rendered.frames) :]]
         self.environment.check(SampleSize(len(added), tuple(frames)))
         self.segments.append(Segment("environment", said(step.message), added))
-        self.rendered, self.images = longer, (*self.images, *pictures([step.message]))
+        self.rendered = longer
         return True
 
     def trajectory(self) -> Trajectory:
@@ -208,12 +204,12 @@ def play(
     live = [(p, n) for p in range(len(prompts)) for n in range(samples)]
     for turn in range(environment.max_turns):
         if turn == 0:
-            groups = engine.generate([Request(prompt.rendered, prompt.images) for prompt in prompts], sampling, keys)
+            groups = engine.generate([prompt.rendered for prompt in prompts], sampling, keys)
             answers = [completion for group in groups for completion in group]
         else:
-            requests = [plays[p][n].request for p, n in live]
+            longer = [plays[p][n].rendered for p, n in live]
             chosen = turn_keys(keys, turn, live)
-            answers = [one for (one,) in engine.generate(requests, replace(sampling, num_samples=1), chosen)]
+            answers = [one for (one,) in engine.generate(longer, replace(sampling, num_samples=1), chosen)]
         last = turn + 1 == environment.max_turns
         live = [(p, n) for (p, n), answer in zip(live, answers, strict=True) if plays[p][n].take(answer, last)]
         if not live:
@@ -231,7 +227,7 @@ def turn_keys(keys: Array, turn: int, live: Sequence[tuple[int, int]]) -> Array:
     Args:
       keys: [P, N] of `sampling_keys`.
       turn: from 1.
-      live: (prompt, sample) of each request.
+      live: (prompt, sample) of each trajectory.
     """
     folded = np.asarray(jax.random.key_data(_fold(keys, np.uint32(_TURNS + turn))))
     # Chosen by NumPy: the number of live trajectories changes, and must compile nothing.

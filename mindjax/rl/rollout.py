@@ -21,7 +21,7 @@ from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered, append_completion, render
 from mindjax.inference.sampler import SamplingConfig, prompt_shape, sampling_keys
 from mindjax.models.vision import VisionFeatures
-from mindjax.rl.engine import NativeEngine, Pictures, Request, RolloutEngine
+from mindjax.rl.engine import NativeEngine, Pictures, RolloutEngine
 from mindjax.rl.rewards import Rewarder, Scored
 from mindjax.types import Array, Batch, Completion, Sample, Segment, Trajectory
 
@@ -149,12 +149,12 @@ def roll_out(
     began, pictures = time.monotonic(), None
     if play is None:
         keys = sampling_keys(seed, step, [prompt.index for prompt in prompts], sampling.num_samples)
-        requests = [Request(prompt.rendered, prompt.images) for prompt in prompts]
+        rendered = [prompt.rendered for prompt in prompts]
         if keep_pictures and isinstance(engine, NativeEngine):
-            pictures = engine.encode(requests, sampling.num_samples)
-            answers = engine.generate(requests, sampling, keys, pictures)
+            pictures = engine.encode(rendered, sampling.num_samples)
+            answers = engine.generate(rendered, sampling, keys, pictures)
         else:
-            answers = engine.generate(requests, sampling, keys)
+            answers = engine.generate(rendered, sampling, keys)
         played = [
             [single_turn(prompt.rendered, completion, processor) for completion in completions]
             for prompt, completions in zip(prompts, answers, strict=True)

@@ -30,7 +30,6 @@ from mindjax.interop.vllm_client import Worker
 from mindjax.interop.vllm_rollout import VLLMEngine, rounded, seeds_of
 from mindjax.interop.vllm_worker import goes_round, unpack
 from mindjax.models import qwen3_vl
-from mindjax.rl.engine import Request
 from mindjax.types import Completion
 from tests.interop.vllm_rollout_program import TEXTS, make_config, make_engine, make_params, make_processor
 
@@ -48,10 +47,6 @@ class Pair:
     processor: Processor
     params: list[dict[str, Any]]
     prompts: list[Rendered]
-
-    @property
-    def requests(self) -> list[Request]:
-        return [Request(prompt) for prompt in self.prompts]
 
 
 def picture(width: int, height: int, seed: int) -> dict[str, Any]:
@@ -128,7 +123,7 @@ def test_logprobs_are_the_trainers_before_and_after_updates(pair: Pair) -> None:
         if name != "first":
             pair.engine.update(pair.params[version], version)
         assert pair.engine.version == version
-        answers[name] = pair.engine.generate(pair.requests, sampling, keys)
+        answers[name] = pair.engine.generate(pair.prompts, sampling, keys)
         right, wrong = (
             trainer_logprobs(pair.config, params, pair.prompts, answers[name], 2.0)
             for params in (pair.params[version], pair.params[1 - version])
@@ -145,14 +140,14 @@ def test_greedy_answers_are_those_of_the_native_sampler(pair: Pair) -> None:
     keys = sampling_keys(0, 0, [0, 1, 2], 1)
     pair.engine.update(pair.params[0], 0)
     native = generate(pair.params[0], pair.config, pair.prompts, sampling=sampling)
-    answers = pair.engine.generate(pair.requests, sampling, keys)
+    answers = pair.engine.generate(pair.prompts, sampling, keys)
     assert tokens(answers) == tokens(native)
     assert distance(answers, [[np.asarray(c.logprobs) for c in group] for group in native]) < ATOL
     # A token that ends answers is their last one, and counts.
     stop = native[0][0].token_ids[5]
     stopped = SamplingConfig(max_new_tokens=12, temperature=0.0, stop_token_ids=(stop,))
     native = generate(pair.params[0], pair.config, pair.prompts, sampling=stopped)
-    answers = pair.engine.generate(pair.requests, stopped, keys)
+    answers = pair.engine.generate(pair.prompts, stopped, keys)
     assert native[0][0].finish_reason == "stop" and native[0][0].token_ids[-1] == stop
     assert [[(c.token_ids, c.finish_reason) for c in group] for group in answers] == [
         [(c.token_ids, c.finish_reason) for c in group] for group in native
@@ -172,7 +167,7 @@ def test_sampled_tokens_follow_the_distribution(pairs: dict[str, Pair]) -> None:
     pictures = [getattr(pair.config, f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end")]
     for top_k in (0, 5):
         sampling = SamplingConfig(max_new_tokens=1, temperature=0.9, top_k=top_k, num_samples=count)
-        (answers,) = pair.engine.generate([Request(prompt)], sampling, sampling_keys(3, top_k, [0], count))
+        (answers,) = pair.engine.generate([prompt], sampling, sampling_keys(3, top_k, [0], count))
         drawn = np.asarray([c.token_ids[0] for c in answers])
         assert not np.isin(drawn, pictures).any()
         allowed = scores.copy()
@@ -195,16 +190,16 @@ def first_scores(params: Any, config: ModelConfig, prompt: Rendered) -> np.ndarr
     return np.asarray(qwen3_vl.logits(params, hidden[None])[0], np.float64)
 
 
-def test_an_answer_depends_on_its_key_and_request_alone(pairs: dict[str, Pair]) -> None:
+def test_an_answer_depends_on_its_key_and_prompt_alone(pairs: dict[str, Pair]) -> None:
     pair = pairs["dense"]
     sampling = SamplingConfig(max_new_tokens=12, num_samples=3)
     keys = sampling_keys(1, 0, [0, 1, 2], 3)
-    answers = tokens(pair.engine.generate(pair.requests, sampling, keys))
+    answers = tokens(pair.engine.generate(pair.prompts, sampling, keys))
     order = np.asarray([2, 0])
-    assert tokens(pair.engine.generate([pair.requests[i] for i in order], sampling, keys[order])) == [
+    assert tokens(pair.engine.generate([pair.prompts[i] for i in order], sampling, keys[order])) == [
         answers[i] for i in order
     ]
-    assert tokens(pair.engine.generate(pair.requests, sampling, keys[:, ::-1])) == [group[::-1] for group in answers]
+    assert tokens(pair.engine.generate(pair.prompts, sampling, keys[:, ::-1])) == [group[::-1] for group in answers]
     assert len({answer for group in answers for answer in group}) == 9
 
 
@@ -215,7 +210,7 @@ def test_answers_that_go_round_are_cut_as_by_the_native_sampler(pairs: dict[str,
     options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.0, "repeat_window": 6, "repeat_count": 3}
     for sampling in (SamplingConfig(**options), SamplingConfig(**options, repeat_length=20)):
         native = generate(params, pair.config, pair.prompts, sampling=sampling)
-        answers = pair.engine.generate(pair.requests, sampling, sampling_keys(0, 0, [0, 1, 2], 1))
+        answers = pair.engine.generate(pair.prompts, sampling, sampling_keys(0, 0, [0, 1, 2], 1))
         assert [(a[0].token_ids, a[0].finish_reason) for a in answers] == [
             (n[0].token_ids, n[0].finish_reason) for n in native
         ]
@@ -229,19 +224,19 @@ def test_a_server_elsewhere_gets_weights_over_http(pairs: dict[str, Pair], weigh
     pair.engine.update(pair.params[0], 0)
     (worker,) = pair.engine._workers
     sampling, keys = SamplingConfig(max_new_tokens=12, num_samples=2), sampling_keys(2, 0, [0, 1, 2], 2)
-    mine = pair.engine.generate(pair.requests, sampling, keys)
+    mine = pair.engine.generate(pair.prompts, sampling, keys)
     other = VLLMEngine(
         pair.config, pair.processor, pair.params[1],
         weights=weights, urls=[f"http://127.0.0.1:{worker.port}"], token=worker.token, max_length=512,
     )  # fmt: skip
     with contextlib.closing(other):
-        answers = other.generate(pair.requests, sampling, keys)
+        answers = other.generate(pair.prompts, sampling, keys)
     params = pair.params[1] if weights == "full" else rounded(pair.params[1], pair.config, weights)
     assert distance(answers, trainer_logprobs(pair.config, params, pair.prompts, answers, 1.0)) < ATOL
     if weights != "full":
         assert distance(answers, trainer_logprobs(pair.config, pair.params[1], pair.prompts, answers, 1.0)) > 1e-3
     # Closing the other leaves the worker alone, and the first one notices that the weights are no longer its own.
-    assert pair.engine.generate(pair.requests, sampling, keys) == mine
+    assert pair.engine.generate(pair.prompts, sampling, keys) == mine
 
 
 def test_a_worker_that_is_killed_is_replaced_and_no_sample_lost_or_taken_twice(
@@ -252,7 +247,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_sample_lost_or_taken_twice(
     stop = tuple(range(64, 70))  # answers of many lengths
     sampling = SamplingConfig(max_new_tokens=100, num_samples=8, stop_token_ids=stop)
     keys = sampling_keys(5, 0, [0, 1, 2], 8)
-    expected = pair.engine.generate(pair.requests, sampling, keys)
+    expected = pair.engine.generate(pair.prompts, sampling, keys)
     assert len({len(c.token_ids) for group in expected for c in group}) > 5
     (pid,), taken = pair.engine.pids, []
     lines = Worker.lines
@@ -266,7 +261,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_sample_lost_or_taken_twice(
                 os.kill(pid, signal.SIGKILL)
 
     monkeypatch.setattr(Worker, "lines", watched)
-    answers = pair.engine.generate(pair.requests, sampling, keys)
+    answers = pair.engine.generate(pair.prompts, sampling, keys)
     assert pair.engine.pids not in ([pid], [None])
     assert 3 <= len(taken) == 24  # what came before the kill was not asked for again
     assert sorted(taken) == sorted((c.token_ids, c.logprobs) for group in answers for c in group)
@@ -342,15 +337,15 @@ class Stub:
 @pytest.mark.parametrize("breaks", [True, False])
 def test_another_server_takes_over_what_a_lost_one_had_not_answered(model: Any, breaks: bool) -> None:
     sampling, keys = SamplingConfig(num_samples=4), sampling_keys(0, 0, [0, 1], 4)
-    requests = [Request(prompt) for prompt in make_prompts(model[1])[:2]]
+    prompts = make_prompts(model[1])[:2]
     with contextlib.closing(Stub(1, breaks=breaks)) as bad, contextlib.closing(Stub()) as good:
         engine = VLLMEngine(*model, urls=[bad.url, good.url], token="x", timeout=1.0)
         with contextlib.closing(engine):
-            answers = engine.generate(requests, sampling, keys)
-            assert answers == engine.generate(requests, sampling, keys)  # of the good one alone
+            answers = engine.generate(prompts, sampling, keys)
+            assert answers == engine.generate(prompts, sampling, keys)  # of the good one alone
             assert len(bad.asked) == 1
             engine.update(model[2], 1)
-            engine.generate(requests, sampling, keys)
+            engine.generate(prompts, sampling, keys)
     seeds = seeds_of(keys)
     assert [[c.token_ids for c in group] for group in answers] == [[(int(seed),) for seed in row] for row in seeds]
     # Two halves, and what one lacked; then everything; then the lost one is tried again.
@@ -360,11 +355,11 @@ def test_another_server_takes_over_what_a_lost_one_had_not_answered(model: Any, 
 
 
 def test_servers_that_are_all_lost_are_an_error(model: Any) -> None:
-    request = Request(make_prompts(model[1])[0])
+    prompt = make_prompts(model[1])[0]
     with contextlib.closing(Stub(0, breaks=True)) as bad:
         engine = VLLMEngine(*model, urls=[bad.url], token="x", max_losses=2)
         with contextlib.closing(engine), pytest.raises(RuntimeError, match="failed 2 times in a row"):
-            engine.generate([request], SamplingConfig(), sampling_keys(0, 0, [0], 1))
+            engine.generate([prompt], SamplingConfig(), sampling_keys(0, 0, [0], 1))
     assert len(bad.asked) == 2
 
 
@@ -432,12 +427,12 @@ def test_close_ends_processes_and_removes_folders(model: Any) -> None:
 def test_a_worker_that_keeps_dying_is_an_error_with_its_last_output(model: Any) -> None:
     engine = VLLMEngine(*model, environments=[{"PYTHONHOME": "/nowhere"}], max_losses=2)
     with contextlib.closing(engine), pytest.raises(RuntimeError, match=r"(?s)failed 2 times in a row.*Python"):
-        engine.generate([Request(make_prompts(model[1])[0])], SamplingConfig(), sampling_keys(0, 0, [0], 1))
+        engine.generate([make_prompts(model[1])[0]], SamplingConfig(), sampling_keys(0, 0, [0], 1))
 
 
 def test_mistakes_are_named_before_anything_is_asked(model: Any) -> None:
     config, processor, params = model
-    request = Request(make_prompts(processor)[0])
+    prompt = make_prompts(processor)[0]
     with pytest.raises(ValueError, match="full, int8 or fp8"):
         VLLMEngine(config, processor, params, weights="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="workers must be at least 1"):
@@ -448,9 +443,9 @@ def test_mistakes_are_named_before_anything_is_asked(model: Any) -> None:
         VLLMEngine(config, processor, params, urls=["127.0.0.1:1"], token="x")
     engine = VLLMEngine(config, processor, params, urls=["http://127.0.0.1:1"], token="x", max_length=64)
     with contextlib.closing(engine):
-        with pytest.raises(ValueError, match="one per request and sample"):
-            engine.generate([request], SamplingConfig(), sampling_keys(0, 0, [0], 2))
+        with pytest.raises(ValueError, match="one per prompt and sample"):
+            engine.generate([prompt], SamplingConfig(), sampling_keys(0, 0, [0], 2))
         with pytest.raises(ValueError, match="raise max_length"):
-            engine.generate([request], SamplingConfig(max_new_tokens=64), sampling_keys(0, 0, [0], 1))
+            engine.generate([prompt], SamplingConfig(max_new_tokens=64), sampling_keys(0, 0, [0], 1))
         with pytest.raises(ValueError, match=r"missing text\.embed"):
             engine.update({**params, "text": {}}, 1)

@@ -13,11 +13,10 @@ import pytest
 
 from mindjax.data.packing import BatchShape, SampleSize, pack, size_of
 from mindjax.data.positions import positions_from_tokens
-from mindjax.data.render import render
+from mindjax.data.render import Rendered, render
 from mindjax.inference.generate import stop_token_ids
 from mindjax.inference.sampler import SamplingConfig, generate, sampling_keys
 from mindjax.models import qwen3_vl
-from mindjax.rl.engine import Request
 from mindjax.rl.environments import Environment, Step, message_size, play, turn_keys
 from mindjax.rl.objective import GSPOLoss
 from mindjax.rl.rollout import PolicyBatch, Response, pack_responses
@@ -46,9 +45,8 @@ class Native:
     def update(self, params: Any, version: int) -> None:
         self.params = params
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, keys: Any) -> list[list[Completion]]:
-        self.calls.append((len(requests), sampling.num_samples))
-        prompts = [request.rendered for request in requests]
+    def generate(self, prompts: Sequence[Rendered], sampling: SamplingConfig, keys: Any) -> list[list[Completion]]:
+        self.calls.append((len(prompts), sampling.num_samples))
         shape = smallest(self.shapes[sampling.num_samples], prompts)
         return generate(self.params, self.config, prompts, sampling=sampling, keys=keys, shape=shape)
 
@@ -57,20 +55,20 @@ class Native:
 
 
 class Script:
-    """Says the next of some answers to each request, whatever it is."""
+    """Says the next of some answers to each prompt, whatever it is."""
 
     def __init__(self, processor: Any, turns: list[list[str]], *, end: bool = True):
         self.processor, self.turns, self.end = processor, turns, end
-        self.seen: list[list[Request]] = []
+        self.seen: list[list[Rendered]] = []
 
     def update(self, params: Any, version: int) -> None:
         pass
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, keys: Any) -> list[list[Completion]]:
-        assert keys.shape == (len(requests), sampling.num_samples)
+    def generate(self, prompts: Sequence[Rendered], sampling: SamplingConfig, keys: Any) -> list[list[Completion]]:
+        assert keys.shape == (len(prompts), sampling.num_samples)
         texts = iter(self.turns[len(self.seen)])
-        self.seen.append(list(requests))
-        return [[self.completion(next(texts)) for _ in range(sampling.num_samples)] for _ in requests]
+        self.seen.append(list(prompts))
+        return [[self.completion(next(texts)) for _ in range(sampling.num_samples)] for _ in prompts]
 
     def completion(self, text: str) -> Completion:
         tokens = (*self.processor.encode_text(text), *([self.processor.im_end_token_id] if self.end else []))
@@ -187,16 +185,16 @@ def test_a_trajectory_is_its_prompt_and_its_segments(policy: tuple[Any, ...]) ->
     assert [s.logprobs for s in first.segments if s.author == "environment"] == [(), ()]
 
     # What the template writes around the pictures and words, and their positions, as if rendered at once.
-    images = engine.seen[2][0].images
-    assert len(images) == 3 and images[0] is sample.messages[0]["content"][0]["image"]
+    rng = np.random.default_rng((0, 0, 7, 0))  # seed, step, prompt and sample
+    images = [rng.integers(0, 255, (16, 16, 3)).astype(np.uint8) for _ in range(2)]
 
     def looked(image: Any, text: str) -> Any:
         return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}
 
     whole = render(
         [
-            sample.messages[0], {"role": "assistant", "content": "co"}, looked(images[1], "after 2"),
-            {"role": "assistant", "content": "colour now"}, looked(images[2], "after 10"),
+            sample.messages[0], {"role": "assistant", "content": "co"}, looked(images[0], "after 2"),
+            {"role": "assistant", "content": "colour now"}, looked(images[1], "after 10"),
             {"role": "assistant", "content": "red"},
         ],
         processor,
@@ -252,7 +250,7 @@ def test_without_an_answer_it_is_a_plain_rollout(talkative: tuple[Any, ...], rol
     sampling = replace(SAMPLING, stop_token_ids=stop_token_ids(talkative[2]))
     keys = sampling_keys(0, 0, [prompt.index for prompt in prompts], SAMPLES)
     plain = Native(engine.config, engine.params, engine.shapes).generate(
-        [Request(prompt.rendered, prompt.images) for prompt in prompts], sampling, keys
+        [prompt.rendered for prompt in prompts], sampling, keys
     )
     assert [[c.token_ids for c in row] for row in plain] == [[t.segments[0].token_ids for t in row] for row in alone]
 
@@ -392,8 +390,7 @@ def test_shapes_hold_the_largest_rollout(policy: tuple[Any, ...]) -> None:
     assert len(processor.encode_text("abc")) == 3
     played = play(script, largest, SAMPLING, 0, 0, environment=environment, processor=processor)
     assert all(turns(t) == 4 and t.flags == {"overturn"} for t in flat(played))
-    for turn, requests in enumerate(script.seen):
-        rendered = [request.rendered for request in requests]
+    for turn, rendered in enumerate(script.seen):
         shape = smallest(shapes[1 if turn else SAMPLES], rendered)
         pack([[one] for one in rendered], shape)
     options = {"samples": SAMPLES, "per_row": 1, "max_new_tokens": 4}
