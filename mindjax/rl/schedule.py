@@ -58,10 +58,11 @@ def draw(config: RLConfig, position: Position, total: int) -> tuple[list[int], P
 
 
 def draw_unit(config: RLConfig) -> int:
-    """Prompts that are asked together: all of a step, or a quarter where their number changes."""
+    """Prompts that are asked together: all of a step; where their number changes a quarter, or one by one."""
+    step = config.prompts_per_step
     if config.oversample.largest == 1:
-        return config.prompts_per_step
-    return max(1, config.prompts_per_step // 4)
+        return step
+    return step // 4 if step % 4 == 0 else 1
 
 
 def informative(correct: np.ndarray, advantage: AdvantageConfig, phase: int) -> np.ndarray:

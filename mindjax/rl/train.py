@@ -230,7 +230,7 @@ class _Loop(ExitStack):
         rolling, self.ahead = self.ahead or self.start(params, number, number), None
         rollout = rolling.rollout.result()
         phase = schedule.phase(config, self.position, number)
-        correct = np.asarray([[part["correct"] for part in group.parts] for group in rollout.groups])
+        correct = verdicts(rollout.groups)
         informative = schedule.informative(correct, config.advantage, phase)
         ratio = schedule.next_ratio(config.oversample, self.position.ratio, informative)
         self.position = replace(rolling.position, ratio=ratio, switched=self.position.switched)
@@ -269,7 +269,7 @@ class _Loop(ExitStack):
         return (
             state,
             {
-                **summary(rollout.groups, config.max_new_tokens),
+                **summary(rollout.groups),
                 **self.rewarder.counters(),
                 **trained,
                 "informative": float(np.mean(informative)),
@@ -318,8 +318,7 @@ class _Loop(ExitStack):
             "exclude_from_loss": self.excluded(groups, "loss"),
         }
         if phase == PASS_AT_K:
-            binary = np.asarray([[part["correct"] for part in group.parts] for group in groups])
-            return advantages.pass_at_k(binary, config.k, **exclude) + advantages.centred(shaping, **exclude)
+            return advantages.pass_at_k(verdicts(groups), config.k, **exclude) + advantages.centred(shaping, **exclude)
         if config.estimator == "group":
             return advantages.group(total, normalize_deviation=config.normalize_deviation, **exclude)
         if config.estimator == "rloo":
@@ -378,14 +377,25 @@ class _Loop(ExitStack):
         return jax.block_until_ready(list(batches))
 
 
-def summary(groups: Sequence[Group], max_new_tokens: int) -> dict[str, float]:
+def verdicts(groups: Sequence[Group]) -> np.ndarray:
+    """[G, N] whether an answer is right, before any weight; 0 too where a gate took the reward for it away."""
+    return np.asarray(
+        [
+            [part["correct"] if score.correct else 0.0 for part, score in zip(group.parts, group.scores, strict=True)]
+            for group in groups
+        ]
+    )
+
+
+def summary(groups: Sequence[Group]) -> dict[str, float]:
     """What a rollout says about the policy: rewards by part, pass@1, lengths, what was cut."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    parts = [part for group in groups for part in group.parts]
     correct = np.asarray([[part["correct"] for part in group.parts] for group in groups])
-    names = groups[0].parts[0].keys()
+    names = dict.fromkeys(name for part in parts for name in part)  # a function of one's own may leave out a part
     return {
         "reward": float(np.mean([[score.total for score in group.scores] for group in groups])),
-        **{f"reward_{name}": float(np.mean([[p[name] for p in group.parts] for group in groups])) for name in names},
+        **{f"reward_{name}": float(np.mean([part[name] for part in parts if name in part])) for name in names},
         "pass@1": float(correct.mean()),
         "pass@n": float(correct.max(axis=1).mean()),
         "length": float(np.mean([trajectory.policy_tokens for trajectory in trajectories])),

@@ -41,6 +41,7 @@ def test_more_prompts_are_drawn_in_quarters() -> None:
     config = replace(CONFIG, oversample=OversampleConfig(largest=4.0))
     assert [len(places) for ratio in (1.0, 1.1, 2.0, 4.0) for places in drawn(config, 1, 40, ratio)] == [4, 5, 8, 16]
     assert len(drawn(config, 1, 9, 4.0)[0]) == 9, "never one prompt twice"
+    assert len(drawn(replace(config, prompts_per_step=9), 1, 9, 1.0)[0]) == 9, "never fewer than are trained"
 
 
 def test_phases_end_by_share_or_by_entropy() -> None:
