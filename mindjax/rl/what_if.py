@@ -6,6 +6,7 @@ numbers, so that sliders can stand for them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from mindjax.losses.gspo import gspo_loss
 from mindjax.losses.off_policy import OffPolicyConfig, off_policy_weights
 from mindjax.rl import advantages
-from mindjax.rl.distance import DistanceConfig
+from mindjax.rl.distance import DistanceConfig, lexical
 from mindjax.rl.rewards import RewardConfig, length_reward
 from mindjax.train.metrics import read_metrics
 from mindjax.types import Sample, Segment, Trajectory
@@ -90,8 +91,9 @@ def diversity(threshold: float = 0.5, answers: Sequence[str] = ANSWERS) -> Figur
     """Lexical distances between answers, and the factor each gets, pairwise and by partition."""
     titles = (f"different from {threshold:g} on", "factor on a right answer")
     figure, (left, right) = _axes(2, titles, ("", ""), ("", ""))
-    measured = DistanceConfig(threshold=0).build()(list(answers))
-    decided = DistanceConfig(threshold=threshold).build()(list(answers))
+    measured = lexical(answers)
+    with contextlib.redirect_stdout(io.StringIO()):  # a run names its distance in the log; a slider need not
+        decided = DistanceConfig(threshold=threshold).build()(answers)
     places = np.arange(len(answers))
     left.imshow(measured, cmap="Blues", vmin=0, vmax=1.6)
     left.grid(visible=False)
