@@ -270,7 +270,7 @@ class Results:
         if (folder / "result.json").exists():
             return
         self._say("SFT: the model that all runs start from")
-        began, config = time.monotonic(), self.config
+        began, config, resumed = time.monotonic(), self.config, (folder / "checkpoints").exists()
         samples = self._demonstrations()
         model, processor = new_processor(config.model, samples, config.max_pixels)
         params = qwen3_vl.init(model, jax.random.key(0))
@@ -282,7 +282,7 @@ class Results:
         _write_json(
             folder / "result.json",
             {
-                "steps": result.steps, "samples": len(samples), "train_seconds": trained - began,
+                "steps": result.steps, "samples": len(samples), "train_seconds": trained - began, "resumed": resumed,
                 "evaluation_seconds": time.monotonic() - trained,
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(result.params)),
             },

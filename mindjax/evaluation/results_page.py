@@ -259,11 +259,13 @@ def _intro(files: Files) -> list[str]:
     start = json.loads((files.folder / START / "result.json").read_text())
     runs = [files.run(arm, seed) / "result.json" for arm in summary["arms"] for seed in summary["seeds"]]
     results = [json.loads(path.read_text()) for path in runs if path.exists()]
-    seconds = [result["train_seconds"] for result in results]
+    seconds = [result["train_seconds"] for result in results if not result["resumed"]] or [0.0]
+    # Of a resumed stage only the time since then is known.
+    took = "" if start["resumed"] else f", {start['train_seconds']:.0f} s"
     base = summary["base"]
     return [
         f"One SFT checkpoint ({start['parameters'] / 1e6:.2f} M parameters, {start['steps']:,} steps on "
-        f"{start['samples']:,} demonstrations, {start['train_seconds']:.0f} s), then {len(results)} runs from it: "
+        f"{start['samples']:,} demonstrations{took}), then {len(results)} runs from it: "
         f"{len(summary['arms'])} arms, seeds {', '.join(map(str, summary['seeds']))}. A run of GSPO has "
         f"{base['steps']} steps of {base['prompts_per_step']} prompts with {base['samples_per_prompt']} replies each. "
         "It differs from the base recipe in what its arm says and nothing else: all arms of a comparison have the same "

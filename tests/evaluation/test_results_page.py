@@ -27,7 +27,7 @@ def put_run(folder, items, metrics=(), middle=()):
         draws.write(folder / "middle.jsonl", middle)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     (folder / "result.json").write_text(
-        json.dumps({"train_seconds": 7.0, "steps": 3, "samples": 10, "parameters": 1_500_000})
+        json.dumps({"train_seconds": 7.0, "resumed": False, "steps": 3, "samples": 10, "parameters": 1_500_000})
     )
 
 
