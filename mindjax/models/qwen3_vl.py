@@ -22,7 +22,7 @@ from mindjax.models.rope import text_rope
 from mindjax.models.vision import VisionEncoder, VisionFeatures, encode
 from mindjax.ops.attention import attention
 from mindjax.ops.logprobs import token_logprobs as head_logprobs
-from mindjax.ops.matmul import matmul
+from mindjax.ops.matmul import matmul, matmul_transposed
 from mindjax.ops.norm import rms_norm
 from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, VisionInputs
@@ -193,7 +193,10 @@ def head(params: Params) -> jax.Array:
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[..., H] to float32 [..., V]."""
-    return matmul(hidden, head(params), dtype=jnp.float32)
+    text = params["text"]
+    if "head" in text:
+        return matmul(hidden, text["head"], dtype=jnp.float32)
+    return matmul_transposed(hidden, text["embed"], dtype=jnp.float32)
 
 
 def token_logprobs(

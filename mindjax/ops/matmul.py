@@ -78,11 +78,36 @@ def _kernel_backward(x: Array, w: Array, g: Array) -> tuple[Array, Array]:
     return jax_binding.gmm_t(outer, w[None], size).reshape(x.shape), jax_binding.tgmm(rows, outer, size)[0]
 
 
+def matmul_transposed(x: Array, w: Array, *, dtype: Any = None) -> Array:
+    """`x @ w.T` for x [..., K] and w [N, K], as `matmul` otherwise; w is read where it lies.
+
+    For a tied output head: in a loop XLA would write the transposed table anew in every step.
+    """
+    return _matmul_t(x, w, jnp.dtype(dtype or x.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_t(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    def kernel(x: Array, w: Array) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        return jax_binding.gmm_t(rows, w[None], _one_group(rows), dtype=dtype).reshape(*x.shape[:-1], -1)
+
+    return on_cpu(kernel, lambda x, w: contract(x, w, (x.ndim - 1,), (1,)).astype(dtype), x, w)
+
+
+def _backward_t(dtype: jnp.dtype, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    g = g.astype(x.dtype)
+    # The transposed g by x: what the gradient of w is in g @ w for a cotangent x.
+    return matmul(g, w), _backward(dtype, (g, w), x)[1]
+
+
 def _one_group(rows: Array) -> Array:
     return jnp.full(1, rows.shape[0], jnp.int32)
 
 
 _matmul.defvjp(_forward, _backward)
+_matmul_t.defvjp(lambda x, w, dtype: (_matmul_t(x, w, dtype), (x, w)), _backward_t)
 
 
 def contract(a: Array, b: Array, a_dims: tuple[int, ...], b_dims: tuple[int, ...]) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindjax.ops.matmul import add_bias, matmul, sum_rows
+from mindjax.ops.matmul import add_bias, matmul, matmul_transposed, sum_rows
 
 
 @pytest.mark.parametrize("lead", [(6,), (5,), (2, 3), (1, 4), (1, 1), (2, 3, 2)])
@@ -19,6 +19,19 @@ def test_matches_float64(lead: tuple[int, ...]) -> None:
     np.testing.assert_allclose(out, x @ w, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx, g @ w.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dw, x.reshape(-1, 7).T @ g.reshape(-1, 9), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [(6,), (2, 3)])
+def test_transposed_matches_float64(lead: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, w, g = rng.normal(size=(*lead, 7)), rng.normal(size=(9, 7)), rng.normal(size=(*lead, 9))
+    run = jax.jit(lambda x, w, g: (lambda out, vjp: (out, *vjp(g)))(*jax.vjp(matmul_transposed, x, w)))
+    out, dx, dw = run(*(jnp.asarray(a, jnp.float32) for a in (x, w, g)))
+    np.testing.assert_allclose(out, x @ w.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, g @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, g.reshape(-1, 9).T @ x.reshape(-1, 7), rtol=1e-5, atol=1e-5)
+    half = matmul_transposed(jnp.ones((8, 257), jnp.bfloat16), jnp.ones((8, 257), jnp.bfloat16), dtype=jnp.float32)
+    assert half.dtype == jnp.float32 and float(half[0, 0]) == 257  # 257 is not a bfloat16
 
 
 def test_bfloat16_accumulates_in_float32_in_all_three_products() -> None:
