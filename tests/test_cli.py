@@ -94,7 +94,7 @@ def test_mistake_is_one_clear_line(
 
 def test_unknown_kind_lists_the_kinds(calls: list[tuple[Any, Path]], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--config=example.py", "--config.kind=sfd"]) == 2
-    assert "pipeline, sft, rl, dpo, eval" in capsys.readouterr().err
+    assert "pipeline, mgpo, sft, rl, dpo, eval, results" in capsys.readouterr().err
 
 
 def test_interrupt_says_how_to_go_on(

@@ -1,4 +1,7 @@
-"""A run of the loop in a process of its own: `python -m tests.rl.program WORKDIR [--kill-at STEP] [--devices N]`."""
+"""Runs of the loop in a process of its own: `python -m tests.rl.program WORKDIR [--kill-at STEP] [--devices N ...]`.
+
+With devices there is a run for each number of them, in `WORKDIR/N`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mindjax.losses.off_policy import OffPolicyConfig
@@ -26,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
     parser.add_argument("--kill-at", type=int, default=0)
-    parser.add_argument("--devices", type=int, default=0)
+    parser.add_argument("--devices", type=int, nargs="*")
     arguments = parser.parse_args()
     steps = 0
 
@@ -37,9 +41,13 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
-    settings = replace(SETTINGS, rollout=replace(SETTINGS.rollout, devices=arguments.devices))
     config, params, processor = tiny.policy()
-    train(settings, config, params, tiny.letters(), processor, arguments.workdir, evaluate=evaluate)
+    runs = [(0, Path(arguments.workdir))]
+    if arguments.devices:
+        runs = [(number, Path(arguments.workdir) / str(number)) for number in arguments.devices]
+    for devices, workdir in runs:
+        settings = replace(SETTINGS, rollout=replace(SETTINGS.rollout, devices=devices))
+        train(settings, config, params, tiny.letters(), processor, workdir, evaluate=evaluate)
 
 
 if __name__ == "__main__":

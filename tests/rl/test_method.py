@@ -20,6 +20,7 @@ import pytest
 from mindjax.losses.off_policy import OffPolicyConfig
 from mindjax.rl.config import AdvantageConfig, OversampleConfig, RLConfig, RolloutConfig
 from mindjax.rl.distance import DistanceConfig
+from mindjax.rl.engine import NativeEngine
 from mindjax.rl.rewards import RewardConfig
 from mindjax.rl.train import train
 from mindjax.train.metrics import read_metrics
@@ -160,14 +161,14 @@ def test_resumes_after_kill_9(policy: tuple[Any, ...], tmp_path: Path) -> None:
 
 def test_rollouts_on_devices_of_their_own(tmp_path: Path) -> None:
     """Two devices, one trains while the other samples: the answers and the rewards of sharing one."""
-    assert spawn(str(tmp_path / "apart"), "--devices", "1", devices=2) == 0
-    assert spawn(str(tmp_path / "shared"), devices=2) == 0
-    apart, shared = records(tmp_path / "apart"), records(tmp_path / "shared")
+    assert spawn(str(tmp_path), "--devices", "1", "0", devices=2) == 0
+    apart, shared = records(tmp_path / "1"), records(tmp_path / "0")
     assert [record["reward"] for record in apart] == [record["reward"] for record in shared]
     for a, b in zip(apart, shared, strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-3, atol=1e-5)
-    assert spawn(str(tmp_path / "none"), "--devices", "1") != 0
+    with pytest.raises(ValueError, match="there are 1 devices, and the trainer needs one"):
+        NativeEngine(tiny.policy()[0], RolloutConfig(devices=1), {})
 
 
 @pytest.mark.parametrize(
