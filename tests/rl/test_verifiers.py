@@ -208,20 +208,13 @@ def test_ten_megabytes_are_not_looked_at(impatient: Verifier) -> None:
     ],
     ids=lambda answer: answer["kind"],
 )
-def test_other_kinds_take_time_in_proportion(impatient: Verifier, answer: dict[str, Any]) -> None:
-    """Long replies of what makes careless patterns go back and forth: sixteen times the length is not 256 times
-    the work. No process is asked."""
+def test_long_replies_of_other_kinds_need_no_process(impatient: Verifier, answer: dict[str, Any]) -> None:
+    """Of what makes careless patterns go back and forth: a quadratic one would take seconds for each reply."""
+    n = 30_000
     pid = impatient._worker.pid
-
-    def seconds(n: int) -> float:
-        began = time.process_time()
-        for unit in "0|9| |1,|1,000|(|[1|{|}|\\boxed{|\\text{|$|a |. |是|和|-|é".split("|"):
-            for text in ((unit * n)[:n], "1" + (unit * n)[:n] + "x", "[" + (unit * n)[:n]):
-                assert impatient(text, answer) == 0
-        return time.process_time() - began
-
-    seconds(100)
-    assert seconds(32_000) < 60 * seconds(2_000)
+    for unit in "0|9| |1,|1,000|(|[1|{|}|\\boxed{|\\text{|$|a |. |是|和|-|é".split("|"):
+        for text in ((unit * n)[:n], "1" + (unit * n)[:n] + "x", "[" + (unit * n)[:n]):
+            assert impatient(text, answer) == 0
     assert impatient._worker.pid == pid
 
 
