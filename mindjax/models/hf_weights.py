@@ -1,14 +1,16 @@
 """Published Qwen3-VL checkpoints in and out: one table from our parameters to their keys, streamed, without torch.
 
 Every key is used exactly once. Our kernels are [in, out] and stacked over layers; published ones are [out, in], one
-key per layer. `load` needs the parameters themselves plus one leaf, `save` and `convert` one leaf at most.
+key per layer. `load` needs the parameters themselves and, for another device than the CPU, one leaf on the host; `save`
+and `convert` need one leaf at most.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,7 +140,7 @@ def load(
         """One leaf, or the part of it that `index` names."""
         shape = shapes[entry.path].shape
         index = index or (slice(None),) * len(shape)
-        part = np.empty([len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)], dtype)
+        part = _empty_for_jax([len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)], dtype)
         if not _stacked(entry):
             copy_cast(part, _ours(reader.view(entry.key), entry, layout)[index])
         else:
@@ -157,6 +159,13 @@ def load(
             leaf = jax.make_array_from_callback(shape, sharding, partial(read, entry))
         leaves[entry.path] = leaf.block_until_ready()  # so that two leaves are never on their way at once
     return _unflatten(leaves)
+
+
+def _empty_for_jax(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX on the CPU takes over where it lies: others than of 64-byte alignment it copies."""
+    buffer = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : buffer.size - 64 + start].view(dtype).reshape(shape)
 
 
 def save(

@@ -365,9 +365,9 @@ def _sized(hidden: int, layers: int, vocab: int, **experts: int) -> ModelConfig:
     )
 
 
-def _assert_bounded(measured: dict[str, int], slack: int) -> None:
+def _assert_bounded(measured: dict[str, int]) -> None:
     assert measured["convert"] <= 1.2 * measured["leaf"], measured
-    assert measured["load"] <= measured["total"] + measured["leaf"] + slack, measured
+    assert measured["load"] <= measured["total"] + 8 * 2**20, measured  # no leaf is held twice
     assert measured["save"] <= 1.2 * measured["leaf"], measured
 
 
@@ -375,7 +375,7 @@ def _assert_bounded(measured: dict[str, int], slack: int) -> None:
 def test_memory_on_a_small_checkpoint(tmp_path: Path) -> None:
     measured = _measure(_sized(512, 8, 4000), tmp_path / "dense")
     assert measured["total"] > 100e6 and measured["leaf"] > 32e6
-    _assert_bounded(measured, slack=8 * 2**20)
+    _assert_bounded(measured)
 
 
 @pytest.mark.prove
@@ -385,4 +385,4 @@ def test_memory_on_a_gigabyte(kind: str, tmp_path: Path) -> None:
     measured = _measure(_sized(1024, 12, 32000, **experts), tmp_path / kind)
     print(kind, {name: f"{size / 1e6:.0f} MB" for name, size in measured.items()})
     assert measured["total"] >= 1e9
-    _assert_bounded(measured, slack=0)
+    _assert_bounded(measured)
