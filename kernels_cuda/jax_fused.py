@@ -81,16 +81,17 @@ def decode_attention(
     prompt: tuple[Array, Array],
     own: tuple[Array, Array],
     segment_ids: Array,
+    number: Array,
     layer: Array,
     step: Array,
 ) -> tuple[Array, tuple[Array, Array]]:
     """(what q attends to, `own` with k and v at `step` of `layer`, in place); see mjk_decode_attention.
 
-    q [R, 1, H, D], k and v [R, 1, K, D]; `prompt` [L, P, K, S, D] each; `own` [L, P, N, K, C, D] each, which may hold
-    two-byte floats as integers.
+    q [R, 1, H, D], k and v [R, 1, K, D]; `prompt` [L, P, K, S, D] each; `own` [L, R, K, C, D] each, which may hold
+    two-byte floats as integers; `number` [R] is that of the row's prompt.
     """
     call = _call("decode_attention", (_like(q), _like(own[0]), _like(own[1])), aliases={5: 1, 6: 2})
-    out, *own_after = call(q, k, v, *prompt, *own, segment_ids, layer, step)
+    out, *own_after = call(q, k, v, *prompt, *own, segment_ids, number, layer, step)
     return out, tuple(own_after)
 
 

@@ -10,9 +10,9 @@ sides. Beside it, ours alone: with two updates, which need old log-probabilities
 at most half of Tunix's time.
 
 The rollout: 4 pictures x 8 samples of a model of about 260 million parameters; answers of 8 to 64 tokens, each as long
-on one side as on the other. The model is random and stops nowhere by itself, so lengths are given: vLLM takes a limit
-per answer; transformers and our sampler go on to the longest answer of the batch, for nothing that they offer ends
-one earlier, and only the tokens that were asked for count. vLLM shares the prompt and the picture between samples
+on one side as on the other. The model is random and stops nowhere by itself, so lengths are given: vLLM and our sampler
+take a limit per answer; transformers goes on to the longest answer of the batch, for nothing that it offers ends one
+earlier, and only the tokens that were asked for count. vLLM shares the prompt and the picture between samples
 (prefix and encoder caches), and forgets them between repetitions as it must when weights change. Bars: at least 5
 times transformers, at most 1.2 times vLLM's time.
 """

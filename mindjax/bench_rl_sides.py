@@ -215,14 +215,16 @@ class OurRollout:
         self._sampling = SamplingConfig(
             max_new_tokens=int(case.lengths.max()), num_samples=case.samples, ignore_eos=True
         )
-        self.settings = "every answer to the longest"
+        self.settings = "limits per answer"
 
     def step(self) -> int:
         from mindjax.inference.sampler import generate, sampling_keys
 
         self._calls += 1
         keys = sampling_keys(0, self._calls, range(len(self._prompts)), self._case.samples)
-        out = generate(self._params, self._model, self._prompts, sampling=self._sampling, keys=keys)
+        out = generate(
+            self._params, self._model, self._prompts, sampling=self._sampling, keys=keys, limits=self._case.lengths
+        )
         return sum(len(completion.token_ids) for row in out for completion in row)
 
     def forget(self) -> None:

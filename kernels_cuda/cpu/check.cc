@@ -222,15 +222,17 @@ void attention(void* pool, mjk_dtype type, int64_t length, int64_t dim, bool cau
   finite("dq", dq), finite("dk", dk), finite("dv", dv);
 
   const int64_t capacity = 5, step = 4;
-  const mjk_decode_shape decode = {1, batch, 1, heads, kv_heads, dim, length, capacity};
+  const mjk_decode_shape decode = {1, batch, batch, heads, kv_heads, dim, length, capacity};
   Guarded<T> new_q(batch * heads * dim), new_k(batch * kv_heads * dim), new_v(new_k.size()), answer(new_q.size()),
       own_k(batch * kv_heads * capacity * dim), own_v(own_k.size());
-  Guarded<int32_t> place(1), at(1);
+  Guarded<int32_t> place(1), at(1), prompt(batch);
   place[0] = 0, at[0] = int32_t(step);
+  for (int64_t row = 0; row < batch; ++row) prompt[row] = int32_t(batch - 1 - row);
   fill(new_q, new_q.size()), fill(new_k, new_k.size()), fill(new_v, new_v.size());
   fill(own_k, own_k.size()), fill(own_v, own_v.size());
   ok("decode", mjk_decode_attention(pool, type, &decode, new_q.get(), new_k.get(), new_v.get(), k.get(), v.get(),
-                                    own_k.get(), own_v.get(), segments.get(), place.get(), at.get(), answer.get()));
+                                    own_k.get(), own_v.get(), segments.get(), prompt.get(), place.get(), at.get(),
+                                    answer.get()));
   finite("decode", answer);
 }
 

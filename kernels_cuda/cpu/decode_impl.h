@@ -34,12 +34,12 @@ inline void add_values(const float* weights, const Span<T>& values, int64_t dim,
 // One task is one key/value head of one row: writes the new key and value, then answers the head's queries.
 template <class T>
 void decode_task(const mjk_decode_shape& shape, const T* q, const T* k, const T* v, const T* prompt_k, const T* prompt_v,
-                 T* own_k, T* own_v, const int32_t* segments, int64_t layer, int64_t step, T* out, int64_t task) {
+                 T* own_k, T* own_v, const int32_t* segments, const int32_t* prompts, int64_t layer, int64_t step,
+                 T* out, int64_t task) {
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
-  const int64_t group = shape.heads / shape.kv_heads, prompt = row / shape.samples;
-  const int64_t rows = shape.prompts * shape.samples;
+  const int64_t group = shape.heads / shape.kv_heads, prompt = prompts[row];
   const int64_t old = ((layer * shape.prompts + prompt) * shape.kv_heads + head) * shape.keys * dim;
-  const int64_t own = ((layer * rows + row) * shape.kv_heads + head) * shape.capacity * dim;
+  const int64_t own = ((layer * shape.rows + row) * shape.kv_heads + head) * shape.capacity * dim;
   memcpy(own_k + own + step * dim, k + (row * shape.kv_heads + head) * dim, dim * sizeof(T));
   memcpy(own_v + own + step * dim, v + (row * shape.kv_heads + head) * dim, dim * sizeof(T));
 

@@ -120,7 +120,8 @@ int mjk_attention_grad(void* stream, mjk_dtype dtype, const mjk_attention_shape*
 
 int mjk_decode_attention(void* stream, mjk_dtype dtype, const mjk_decode_shape* shape, const void* q, const void* k,
                          const void* v, const void* prompt_k, const void* prompt_v, void* own_k, void* own_v,
-                         const int32_t* segments, const int32_t* layer, const int32_t* step, void* out) {
+                         const int32_t* segments, const int32_t* prompt, const int32_t* layer, const int32_t* step,
+                         void* out) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
   if (shape->kv_heads < 1 || shape->heads % shape->kv_heads || *layer < 0 || *layer >= shape->layers || *step < 0 ||
@@ -128,11 +129,16 @@ int mjk_decode_attention(void* stream, mjk_dtype dtype, const mjk_decode_shape* 
     return fail(MJK_INVALID_ARGUMENT, "decoding: layer %d of %lld, step %d of %lld, %lld heads on %lld", int(*layer),
                 (long long)shape->layers, int(*step), (long long)shape->capacity, (long long)shape->heads,
                 (long long)shape->kv_heads);
+  for (int64_t row = 0; row < shape->rows; ++row)
+    if (prompt[row] < 0 || prompt[row] >= shape->prompts)
+      return fail(MJK_INVALID_ARGUMENT, "decoding: row %lld is of prompt %d of %lld", (long long)row, int(prompt[row]),
+                  (long long)shape->prompts);
   const int64_t work = shape->heads / shape->kv_heads * shape->dim * (shape->keys + *step + 1);
-  for_each_part(stream, shape->prompts * shape->samples * shape->kv_heads, 1, work,
+  for_each_part(stream, shape->rows * shape->kv_heads, 1, work,
                 [&](int64_t, int64_t first, int64_t last) {
                   for (int64_t i = first; i < last; ++i)
-                    kernels->decode(*shape, q, k, v, prompt_k, prompt_v, own_k, own_v, segments, *layer, *step, out, i);
+                    kernels->decode(*shape, q, k, v, prompt_k, prompt_v, own_k, own_v, segments, prompt, *layer,
+                                    *step, out, i);
                 });
   return MJK_OK;
 }

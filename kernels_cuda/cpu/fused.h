@@ -13,8 +13,8 @@ struct Fused {
                          const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index, const void* out,
                          const float* normaliser, const void* g, void* dq, void* dk, void* dv, int64_t task);
   void (*decode)(const mjk_decode_shape& shape, const void* q, const void* k, const void* v, const void* prompt_k,
-                 const void* prompt_v, void* own_k, void* own_v, const int32_t* segments, int64_t layer, int64_t step,
-                 void* out, int64_t task);
+                 const void* prompt_v, void* own_k, void* own_v, const int32_t* segments, const int32_t* prompts,
+                 int64_t layer, int64_t step, void* out, int64_t task);
   void (*norm)(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x, const void* scale,
                const void* bias, void* y);
   void (*norm_grad)(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x, const void* scale,

@@ -52,17 +52,17 @@ ffi::Error attention_grad(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, Any
 
 // own_k and own_v are the buffers of the results of that name. They may hold two-byte floats as integers.
 ffi::Error decode_attention(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer prompt_k,
-                            AnyBuffer prompt_v, AnyBuffer own_k, AnyBuffer own_v, Ints segments, Ints layer, Ints step,
-                            Result<AnyBuffer> out, Result<AnyBuffer> new_k, Result<AnyBuffer> new_v) {
+                            AnyBuffer prompt_v, AnyBuffer own_k, AnyBuffer own_v, Ints segments, Ints prompt, Ints layer,
+                            Ints step, Result<AnyBuffer> out, Result<AnyBuffer> new_k, Result<AnyBuffer> new_v) {
   if (own_k.untyped_data() != new_k->untyped_data() || own_v.untyped_data() != new_v->untyped_data())
     return ffi::Error::InvalidArgument("decode_attention: the cache must be updated in place");
   mindjax::Stream stream(threads);
   const auto old = prompt_k.dimensions(), own = own_k.dimensions();
-  const mjk_decode_shape shape = {old[0], old[1], own[2], q.dimensions()[2], old[2], old[4], old[3], own[4]};
+  const mjk_decode_shape shape = {old[0], old[1], own[1], q.dimensions()[2], old[2], old[4], old[3], own[3]};
   return answer(mjk_decode_attention(stream.get(), dtype_of(q), &shape, q.untyped_data(), k.untyped_data(),
                                      v.untyped_data(), prompt_k.untyped_data(), prompt_v.untyped_data(),
                                      new_k->untyped_data(), new_v->untyped_data(), segments.typed_data(),
-                                     layer.typed_data(), step.typed_data(), out->untyped_data()));
+                                     prompt.typed_data(), layer.typed_data(), step.typed_data(), out->untyped_data()));
 }
 
 ffi::Error rms_norm(ffi::ThreadPool threads, float eps, AnyBuffer x, AnyBuffer scale, Result<AnyBuffer> y) {
@@ -141,7 +141,7 @@ ffi::Error rope(ffi::ThreadPool threads, float sign, AnyBuffer x, Floats cosine,
 
 MJK_FUSED(attention, MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>() MJK_OUT MJK_SUM);
 MJK_FUSED(attention_grad, MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>() MJK_ANY.Arg<Floats>() MJK_ANY MJK_OUT MJK_OUT MJK_OUT);
-MJK_FUSED(decode_attention, MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>()
+MJK_FUSED(decode_attention, MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>()
           MJK_OUT MJK_OUT MJK_OUT);
 MJK_FUSED(rms_norm, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_OUT);
 MJK_FUSED(rms_norm_grad, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);

@@ -27,10 +27,10 @@ struct Typed {
                         out(dq), out(dk), out(dv), task);
   }
   static void decode(const mjk_decode_shape& shape, const void* q, const void* k, const void* v, const void* prompt_k,
-                     const void* prompt_v, void* own_k, void* own_v, const int32_t* segments, int64_t layer, int64_t step,
-                     void* result, int64_t task) {
-    decode_task(shape, in(q), in(k), in(v), in(prompt_k), in(prompt_v), out(own_k), out(own_v), segments, layer, step,
-                out(result), task);
+                     const void* prompt_v, void* own_k, void* own_v, const int32_t* segments, const int32_t* prompts,
+                     int64_t layer, int64_t step, void* result, int64_t task) {
+    decode_task(shape, in(q), in(k), in(v), in(prompt_k), in(prompt_v), out(own_k), out(own_v), segments, prompts, layer,
+                step, out(result), task);
   }
   static void norm(bool centred, int64_t first, int64_t last, int64_t size, float eps, const void* x, const void* scale,
                    const void* bias, void* y) {

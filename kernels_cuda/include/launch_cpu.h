@@ -25,19 +25,19 @@ MJK_API int mjk_attention_grad(void* stream, mjk_dtype dtype, const mjk_attentio
                                const int32_t* q_index, const void* out, const float* normaliser, const void* g, void* dq,
                                void* dk, void* dv);
 
-// `samples` rows of each prompt; layers of `keys` prompt tokens and `capacity` new ones.
+// Rows of any of the prompts; layers of `keys` prompt tokens and `capacity` new ones.
 typedef struct mjk_decode_shape {
-  int64_t layers, prompts, samples, heads, kv_heads, dim, keys, capacity;
+  int64_t layers, prompts, rows, heads, kv_heads, dim, keys, capacity;
 } mjk_decode_shape;
 
-// Decoding of one token per row (R = prompts x samples): writes k, v[R, kv_heads, dim] at place `step` of `layer` into
-// own_k, own_v[layers, R, kv_heads, capacity, dim], then attends with q[R, heads, dim] to the prompt's keys and values,
-// prompt_k, prompt_v[layers, prompts, kv_heads, keys, dim], where segments[prompts, keys] are not 0, and to the row's own
-// up to `step`. layer and step are int32 scalars.
+// Decoding of one token per row (R rows): writes k, v[R, kv_heads, dim] at place `step` of `layer` into
+// own_k, own_v[layers, R, kv_heads, capacity, dim], then attends with q[R, heads, dim] to the keys and values of the
+// row's prompt, number prompt[R] of prompt_k, prompt_v[layers, prompts, kv_heads, keys, dim], where
+// segments[prompts, keys] are not 0, and to the row's own up to `step`. layer and step are int32 scalars.
 MJK_API int mjk_decode_attention(void* stream, mjk_dtype dtype, const mjk_decode_shape* shape, const void* q,
                                  const void* k, const void* v, const void* prompt_k, const void* prompt_v, void* own_k,
-                                 void* own_v, const int32_t* segments, const int32_t* layer, const int32_t* step,
-                                 void* out);
+                                 void* own_v, const int32_t* segments, const int32_t* prompt, const int32_t* layer,
+                                 const int32_t* step, void* out);
 
 // y = x * scale / rms(x) over the last dimension of x[rows, size] (centred == 0; bias NULL; rounded to the dtype before
 // the scale), or LayerNorm with bias (centred != 0); eps is added to the mean square.

@@ -1,12 +1,12 @@
 """The KV cache of batched sampling: what a prompt's prefill leaves, shared by its samples, and what each adds.
 
-P prompts, N samples of each, S prompt tokens (padded), C capacity for new tokens, K key/value heads, G query heads
-per key/value head, D head size, L layers.
+P prompts, N samples of each, R rows: all P x N of them, or those that are left; S prompt tokens (padded), C capacity
+for new tokens, K key/value heads, G query heads per key/value head, D head size, L layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -50,26 +50,37 @@ class Generated:
     """Keys and values of the tokens generated so far; all rows are at the same step, so one index serves all.
 
     Attributes:
-      k, v: [L, P, N, K, C, D], two-byte floats as their bits: `append` writes into them once per layer and token, for
+      k, v: [L, R, K, C, D], two-byte floats as their bits: `append` writes into them once per layer and token, for
         which XLA's CPU backend would convert the whole cache to float32 and back, see `mindjax.ops.bits`.
+      row: [R] int32, rising: number p * N + n is sample n of prompt p.
+      samples: N.
     """
 
     k: Array
     v: Array
+    row: Array
+    samples: int = field(metadata={"static": True})
 
     @classmethod
     def empty(cls, config: TextConfig, prompts: int, samples: int, capacity: int, dtype: jnp.dtype) -> Generated:
-        shape = (config.num_hidden_layers, prompts, samples, config.num_key_value_heads, capacity, config.head_dim)
-        return cls(to_bits(jnp.zeros(shape, dtype)), to_bits(jnp.zeros(shape, dtype)))
+        rows = prompts * samples
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
+        zeros = to_bits(jnp.zeros(shape, dtype))
+        return cls(zeros, zeros, jnp.arange(rows, dtype=jnp.int32), samples)
 
     def append(self, layer: Array, step: Array, k: Array, v: Array) -> Generated:
-        """With k, v [P x N, 1, K, D] of one new token per row at place `step` of `layer`; in place under jit."""
-        start = (layer, 0, 0, 0, step, 0)
-        shape = (1, *self.k.shape[1:4], 1, self.k.shape[5])
-        return Generated(
-            lax.dynamic_update_slice(self.k, to_bits(k.reshape(shape)), start),
-            lax.dynamic_update_slice(self.v, to_bits(v.reshape(shape)), start),
+        """With k, v [R, 1, K, D] of one new token per row at place `step` of `layer`; in place under jit."""
+        start = (layer, 0, 0, step, 0)
+        shape = (1, *self.k.shape[1:3], 1, self.k.shape[4])
+        return replace(
+            self,
+            k=lax.dynamic_update_slice(self.k, to_bits(k.reshape(shape)), start),
+            v=lax.dynamic_update_slice(self.v, to_bits(v.reshape(shape)), start),
         )
+
+    def keep(self, places: Array) -> Generated:
+        """Of the rows at these places alone, rising."""
+        return replace(self, k=self.k[:, places], v=self.v[:, places], row=self.row[places])
 
 
 def _layer(part: Array, layer: Array, dtype: jnp.dtype) -> Array:
@@ -83,58 +94,76 @@ def decode_attention(
     """One new token per row enters the cache and attends to its prompt and to what the row has generated, with itself.
 
     Args:
-      q: [P x N, 1, K x G, D].
-      k, v: [P x N, 1, K, D], of the new token.
+      q: [R, 1, K x G, D].
+      k, v: [R, 1, K, D], of the new token.
       prefix, generated: the whole cache; no layer of it is copied on a CPU.
       layer, step: scalar int32, where the new token belongs.
 
     Returns:
-      ([P x N, 1, K x G, D] in q's dtype, the cache with the new token in place); scores and softmax are float32.
+      ([R, 1, K x G, D] in q's dtype, the cache with the new token in place); scores and softmax are float32.
     """
 
     def kernel(q: Array, k: Array, v: Array, prefix: Prefix, generated: Generated, *place: Array) -> Any:
         old, own = (prefix.k, prefix.v), (generated.k, generated.v)
-        out, own = jax_fused.decode_attention(q, k, v, old, own, prefix.segment_ids, *place)
-        return out, Generated(*own)
+        number = generated.row // generated.samples
+        out, own = jax_fused.decode_attention(q, k, v, old, own, prefix.segment_ids, number, *place)
+        return out, replace(generated, k=own[0], v=own[1])
 
     def default(q: Array, k: Array, v: Array, prefix: Prefix, generated: Generated, *place: Array) -> Any:
         layer, step = place
         generated = generated.append(layer, step, k, v)
         old = _layer(prefix.k, layer, k.dtype), _layer(prefix.v, layer, k.dtype)
         own = _layer(generated.k, layer, k.dtype), _layer(generated.v, layer, k.dtype)
-        return _attend(q, old, own, prefix.segment_ids, step), generated
+        return _attend(q, old, own, prefix.segment_ids, step, generated), generated
 
     return on_cpu(kernel, default, q, k, v, prefix, generated, layer, step)
 
 
 def _attend(
-    q: Array, prefix: tuple[Array, Array], generated: tuple[Array, Array], prefix_segment_ids: Array, step: Array
+    q: Array,
+    prefix: tuple[Array, Array],
+    own: tuple[Array, Array],
+    prefix_segment_ids: Array,
+    step: Array,
+    generated: Generated,
 ) -> Array:
     """The samples of a prompt read its keys together, one product for all, instead of N copies of them.
 
     Args:
       prefix: k, v of one layer, [P, K, S, D].
-      generated: k, v of one layer, [P, N, K, C, D], valid up to and including `step`.
+      own: k, v of one layer, [R, K, C, D], valid up to and including `step`.
       prefix_segment_ids: [P, S], 0 is never attended to.
+      generated: says which rows they are.
     """
-    (pk, pv), (gk, gv) = prefix, generated
+    (pk, pv), (gk, gv) = prefix, own
     prompts, kv_heads, length, dim = pk.shape
-    samples, capacity = gk.shape[1], gk.shape[3]
+    rows, samples, capacity = q.shape[0], generated.samples, gk.shape[2]
     groups = q.shape[2] // kv_heads
+    whole = rows == prompts * samples
+
+    def by_head(x: Array) -> Array:
+        """[R, K, G, X] as [P, K, N x G, X], zeros where a row is gone."""
+        full = x if whole else jnp.zeros((prompts * samples, *x.shape[1:]), x.dtype).at[generated.row].set(x)
+        full = full.reshape(prompts, samples, *x.shape[1:]).swapaxes(1, 2)
+        return full.reshape(prompts, kv_heads, samples * groups, -1)
+
+    def by_row(x: Array) -> Array:
+        """The way back."""
+        full = x.reshape(prompts, kv_heads, samples, groups, -1).swapaxes(1, 2)
+        full = full.reshape(prompts * samples, kv_heads, groups, -1)
+        return full if whole else full[generated.row]
+
     # HIGHEST: see `mindjax.ops.attention`, whose arithmetic this repeats on a cache.
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
     product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    q = q.reshape(prompts, samples, kv_heads, groups, dim)
+    q = q.reshape(rows, kv_heads, groups, dim)
     # All queries of a key/value head in one matrix, on the left: the other way round XLA's CPU backend has no bfloat16
     # product with a float32 result, and says so when it runs.
-    together = q.swapaxes(1, 2).reshape(prompts, kv_heads, samples * groups, dim)
-    old = product("pkmd,pksd->pkms", together, pk) * dim**-0.5
-    old = jnp.where((prefix_segment_ids != 0)[:, None, None], old, jnp.float32(MASKED))
-    old = old.reshape(prompts, kv_heads, samples, groups, length).swapaxes(1, 2)
-    new = product("pnkgd,pnkcd->pnkgc", q, gk) * dim**-0.5
-    new = jnp.where((jnp.arange(capacity, dtype=jnp.int32) <= step)[None, None, None, None], new, jnp.float32(MASKED))
+    old = product("pkmd,pksd->pkms", by_head(q), pk) * dim**-0.5
+    old = by_row(jnp.where((prefix_segment_ids != 0)[:, None, None], old, jnp.float32(MASKED)))
+    new = product("rkgd,rkcd->rkgc", q, gk) * dim**-0.5
+    new = jnp.where((jnp.arange(capacity, dtype=jnp.int32) <= step)[None, None, None], new, jnp.float32(MASKED))
     weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(pv.dtype)
-    to_old = weights[..., :length].swapaxes(1, 2).reshape(prompts, kv_heads, samples * groups, length)
-    out = product("pkms,pksd->pkmd", to_old, pv).reshape(prompts, kv_heads, samples, groups, dim).swapaxes(1, 2)
-    out += product("pnkgc,pnkcd->pnkgd", weights[..., length:], gv)
-    return out.reshape(prompts * samples, 1, kv_heads * groups, dim).astype(q.dtype)
+    out = by_row(product("pkms,pksd->pkmd", by_head(weights[..., :length]), pv))
+    out += product("rkgc,rkcd->rkgd", weights[..., length:], gv)
+    return out.reshape(rows, 1, kv_heads * groups, dim).astype(q.dtype)

@@ -1,6 +1,7 @@
 """Batched sampling: prompts of different lengths with images, several samples of each, one compiled loop.
 
-P prompts, N samples of each, R = P x N rows, V vocabulary, C capacity for new tokens (a bucket of max_new_tokens).
+P prompts, N samples of each, R rows (P x N, fewer once many have ended), V vocabulary, C capacity for new tokens (a
+bucket of max_new_tokens).
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ Array = jax.Array
 # Stop tokens enter the compiled loop as an array of this length, so that their number compiles nothing.
 MAX_STOP_TOKENS = 8
 FINISH_REASONS = ("length", "stop", "redundant")
+# Rows that have ended are left behind each time half of those in the loop have, down to this many. Every size is a loop
+# of its own in the program, so there are not many.
+LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,6 @@ class _Controls:
     temperature: Any
     top_k: Any
     top_p: Any
-    max_new_tokens: Any
     stop_token_ids: Any
     repeats: Any  # (window, count, length)
 
@@ -108,25 +111,44 @@ class _Controls:
             stop[: len(sampling.stop_token_ids)] = sampling.stop_token_ids
         return cls(
             np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
-            np.int32(sampling.max_new_tokens), stop,
-            (np.int32(sampling.repeat_window), np.int32(sampling.repeat_count), np.int32(sampling.repeat_length)),
+            stop, (np.int32(sampling.repeat_window), np.int32(sampling.repeat_count), np.int32(sampling.repeat_length)),
         )  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """The loop's carry. Rows are [R]; outputs [R, C]."""
+    """The loop's carry."""
 
     step: Array
-    token: Array
-    done: Array
-    lengths: Array
-    reasons: Array  # index in FINISH_REASONS
-    tokens: Array
-    logprobs: Array
+    token: Array  # [R], the newest
+    done: Array  # [R]
+    answers: _Answers
     generated: Generated
     cycles: Cycles | None  # None where none are looked for
+
+    def keep(self, rows: int) -> _State:
+        """With so many rows, all of those that are not done among them."""
+        places = jnp.sort(jnp.argsort(self.done, stable=True)[:rows])
+
+        def at_places(x: Any) -> Any:
+            return jax.tree.map(lambda part: part[places], x)
+
+        return _State(
+            self.step, self.token[places], self.done[places], at_places(self.answers), self.generated.keep(places),
+            at_places(self.cycles),
+        )  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Answers:
+    """What rows have answered so far."""
+
+    tokens: Array  # [R, C]
+    logprobs: Array  # [R, C]
+    lengths: Array  # [R]
+    reasons: Array  # [R], index in FINISH_REASONS
 
 
 def sampling_keys(seed: int, step: int, prompts: Sequence[int], num_samples: int) -> Array:
@@ -180,6 +202,7 @@ def generate(
     *,
     sampling: SamplingConfig,
     keys: Array | None = None,
+    limits: np.ndarray | None = None,
     shape: BatchShape | None = None,
     max_rows: int = 64,
     vision_features: VisionFeatures | None = None,
@@ -199,6 +222,7 @@ def generate(
       prompts: rendered with `add_generation_prompt`.
       sampling: see `SamplingConfig`.
       keys: [len(prompts), num_samples] PRNG keys (`sampling_keys`); may be None for greedy answers.
+      limits: [len(prompts), num_samples] tokens, where an answer is to be cut earlier than at `max_new_tokens`.
       shape: of the prefill batches, when a loop wants the same for every call (`prompt_shape`); the smallest bucket
         by default.
       max_rows: prompts x samples in one device batch where `shape` does not say how many prompts; more prompts come
@@ -210,12 +234,19 @@ def generate(
       For each prompt its completions.
 
     Raises:
-      ValueError: keys are missing or have another shape, the prompts do not fit `shape`, or `vision_features` come
-        without a shape or are of another one.
+      ValueError: keys are missing, keys or limits have another shape, limits are not from 1 to `max_new_tokens`, the
+        prompts do not fit `shape`, or `vision_features` come without a shape or are of another one.
     """
     if not prompts:
         return []
     samples = sampling.num_samples
+    if limits is None:
+        limits = np.full((len(prompts), samples), sampling.max_new_tokens, np.int32)
+    elif limits.shape != (len(prompts), samples) or limits.min() < 1 or limits.max() > sampling.max_new_tokens:
+        raise ValueError(
+            f"limits must be {(len(prompts), samples)} numbers from 1 to max_new_tokens, {sampling.max_new_tokens}; "
+            f"they have shape {limits.shape} and go from {limits.min()} to {limits.max()}"
+        )
     if keys is None:
         if sampling.temperature > 0:
             raise ValueError("sampling at a temperature needs keys; see mindjax.inference.sampler.sampling_keys")
@@ -243,6 +274,8 @@ def generate(
         chunk = prompts[start : start + shape.rows]
         chunk_keys = np.zeros((shape.rows, *key_data.shape[1:]), key_data.dtype)
         chunk_keys[: len(chunk)] = key_data[start : start + len(chunk)]
+        chunk_limits = np.ones((shape.rows, samples), np.int32)
+        chunk_limits[: len(chunk)] = limits[start : start + len(chunk)]
         positions = np.zeros(shape.rows, np.int32)
         positions[: len(chunk)] = [prompt.next_position for prompt in chunk]
         features = vision_features
@@ -252,18 +285,18 @@ def generate(
             batch = offset_index(batch, table_size(start, shape))
         prefix, hidden = _prefill(params, replace(batch, vision=None), features, config=config)
         result = _decode(
-            params, prefix, hidden, positions, chunk_keys, controls,
+            params, prefix, hidden, positions, chunk_keys, chunk_limits, controls,
             config=config, capacity=capacity, longest_cycle=longest_cycle, impl=str(jax.random.key_impl(keys)),
         )  # fmt: skip
-        tokens, logprobs, lengths, reasons = jax.device_get(result)
+        answers = jax.device_get(result)
         for p in range(len(chunk)):
             completions.append([
                 Completion(
-                    tuple(tokens[p, n, : lengths[p, n]].tolist()),
-                    tuple(logprobs[p, n, : lengths[p, n]].tolist()),
-                    FINISH_REASONS[reasons[p, n]],
+                    tuple(answers.tokens[row, : answers.lengths[row]].tolist()),
+                    tuple(answers.logprobs[row, : answers.lengths[row]].tolist()),
+                    FINISH_REASONS[answers.reasons[row]],
                 )
-                for n in range(samples)
+                for row in range(p * samples, (p + 1) * samples)
             ])  # fmt: skip
     return completions
 
@@ -286,87 +319,107 @@ def _decode(
     hidden: Array,
     positions: Array,
     key_data: Array,
+    limits: Array,
     controls: _Controls,
     *,
     config: ModelConfig,
     capacity: int,
     longest_cycle: int,
     impl: str,
-) -> tuple[Array, Array, Array, Array]:
-    """Samples until every row is done.
+) -> _Answers:
+    """Samples until every row is done, and leaves rows behind that are.
 
     Args:
       prefix, hidden: of `_prefill`.
       positions: [P] int32, where the generated tokens of a prompt continue.
       key_data: [P, N, ...] of the rows.
+      limits: [P, N] int32, the most tokens of an answer.
       longest_cycle: what `controls.repeats` may ask for at most; 0 compiles no detection.
 
     Returns:
-      tokens [P, N, C], logprobs [P, N, C], lengths [P, N], finish reasons [P, N] as indices in FINISH_REASONS.
+      of all P x N rows.
     """
     prompts, samples = key_data.shape[:2]
     rows = prompts * samples
     keys = jax.random.wrap_key_data(key_data.reshape(rows, -1), impl=impl)
-    positions = jnp.repeat(positions, samples)
+    positions, limits = jnp.repeat(positions, samples), limits.reshape(rows)
     exists = jnp.repeat(jnp.any(prefix.segment_ids != 0, axis=1), samples)
 
-    def draw(state: _State, scores: Array, step: Array) -> _State:
-        """Adds token number `step` to every row that is not done."""
-        token, logprob = _sample(scores, keys, step, controls, config)
+    def draw(state: _State, scores: Array) -> _State:
+        """Adds a token to every row that is not done."""
+        row, step, answers = state.generated.row, state.step, state.answers
+        token, logprob = _sample(scores, keys[row], step, controls, config)
         reason = jnp.any(token[:, None] == controls.stop_token_ids[None], axis=1).astype(jnp.int32)
         cycles = state.cycles
         if cycles is not None:
             cycles = cycles.add(token)
             # Never a stop token as well: it would have ended the answer when it first came.
             reason = jnp.where(cycles.found(*controls.repeats), 2, reason)
-        reason = jnp.where(state.done, state.reasons, reason)
+        reason = jnp.where(state.done, answers.reasons, reason)
         token = jnp.where(state.done, 0, token)
         logprob = jnp.where(state.done, jnp.float32(0), logprob)
         return _State(
             step=step + 1,
             token=token,
-            done=state.done | (reason > 0),
-            lengths=state.lengths + (~state.done).astype(jnp.int32),
-            reasons=reason,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step)),
-            logprobs=jax.lax.dynamic_update_slice(state.logprobs, logprob[:, None], (0, step)),
+            done=state.done | (reason > 0) | (step + 1 >= limits[row]),
+            answers=_Answers(
+                tokens=jax.lax.dynamic_update_slice(answers.tokens, token[:, None], (0, step)),
+                logprobs=jax.lax.dynamic_update_slice(answers.logprobs, logprob[:, None], (0, step)),
+                lengths=answers.lengths + (~state.done).astype(jnp.int32),
+                reasons=reason,
+            ),
             generated=state.generated,
             cycles=cycles,
         )
-
-    def unfinished(state: _State) -> Array:
-        return (state.step < controls.max_new_tokens) & ~jnp.all(state.done)
 
     def advance(state: _State) -> _State:
         """The newest tokens pass the model, and the next ones are drawn."""
         index = state.step - 1
         hidden, generated = _decode_step(
-            params, config, state.token, positions + index, state.done, prefix, state.generated, index
+            params,
+            config,
+            state.token,
+            positions[state.generated.row] + index,
+            state.done,
+            prefix,
+            state.generated,
+            index,
         )
-        state = _State(**{**vars(state), "generated": generated})
-        return draw(state, logits(params, hidden), state.step)
+        return draw(replace(state, generated=generated), logits(params, hidden))
 
     empty = _State(
         step=jnp.int32(0),
         token=jnp.zeros(rows, jnp.int32),
         done=~exists,
-        lengths=jnp.zeros(rows, jnp.int32),
-        reasons=jnp.zeros(rows, jnp.int32),
-        tokens=jnp.zeros((rows, capacity), jnp.int32),
-        logprobs=jnp.zeros((rows, capacity), jnp.float32),
+        answers=_Answers(
+            tokens=jnp.zeros((rows, capacity), jnp.int32),
+            logprobs=jnp.zeros((rows, capacity), jnp.float32),
+            lengths=jnp.zeros(rows, jnp.int32),
+            reasons=jnp.zeros(rows, jnp.int32),
+        ),
         generated=Generated.empty(config.text, prompts, samples, capacity, prefix.k.dtype),
         cycles=Cycles.empty(rows, longest_cycle) if longest_cycle else None,
     )
     # The samples of a prompt draw their first token from the same scores.
-    first = draw(empty, jnp.repeat(logits(params, hidden), samples, axis=0), jnp.int32(0))
-    final = jax.lax.while_loop(unfinished, advance, first)
-    by_prompt = partial(jnp.reshape, shape=(prompts, samples, -1))
-    return (
-        by_prompt(final.tokens),
-        by_prompt(final.logprobs),
-        final.lengths.reshape(prompts, samples),
-        final.reasons.reshape(prompts, samples),
-    )
+    state = draw(empty, jnp.repeat(logits(params, hidden), samples, axis=0))
+    answers, left = state.answers, rows
+    while left:
+        fewer = left // 2 if left // 2 >= LEAST_ROWS else 0
+        state = jax.lax.while_loop(partial(_more_than, fewer), advance, state)
+        answers = _written(answers, state) if left < rows else state.answers
+        state, left = state.keep(fewer) if fewer else state, fewer
+    return answers
+
+
+def _written(answers: _Answers, state: _State) -> _Answers:
+    """The answers of all rows with those of the rows in `state`."""
+    row = state.generated.row
+    return jax.tree.map(lambda old, new: old.at[row].set(new), answers, state.answers)
+
+
+def _more_than(rows: int, state: _State) -> Array:
+    """Whether so many rows are not done, and one more."""
+    return jnp.sum(~state.done, dtype=jnp.int32) > rows
 
 
 def _decode_step(

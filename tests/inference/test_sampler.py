@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels_cuda import jax_fused
 from mindjax.config import ModelConfig
 from mindjax.data.packing import collate_prompts, size_of
 from mindjax.data.render import Rendered, append_completion
@@ -229,6 +230,41 @@ def test_loop_ends_when_every_row_has(dense: tuple[Any, ...], monkeypatch: pytes
     sampler._decode.clear_cache()
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "jnp"])
+def test_rows_that_have_ended_are_left_behind(
+    setting: tuple[Any, ...], kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 answers of 1 to 12 tokens: the same as whole ones cut there, in loops of 32, 16 and 8 rows."""
+    _, config, params, prompts = setting
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=8)
+    call = partial(generate, params, config, prompts, sampling=sampling, keys=sampling_keys(0, 0, range(4), 8))
+    monkeypatch.setattr(sampler, "LEAST_ROWS", 33)
+    whole = call()
+    monkeypatch.setattr(sampler, "LEAST_ROWS", 8)
+    if not kernels:
+        monkeypatch.setattr(jax_fused, "usable", lambda: False)
+    rows: list[int] = []
+    step = sampler._decode_step
+
+    def counting(*args: Any) -> Any:
+        jax.debug.callback(lambda: rows.append(args[2].shape[0]))
+        return step(*args)
+
+    monkeypatch.setattr(sampler, "_decode_step", counting)
+    sampler._decode.clear_cache()
+    limits = np.random.default_rng(1).integers(1, 13, (4, 8)).astype(np.int32)
+    limits[2, 3] = 12
+    cut = call(limits=limits)
+    jax.effects_barrier()
+    sampler._decode.clear_cache()
+    for p, n in np.ndindex(4, 8):
+        assert cut[p][n].token_ids == whole[p][n].token_ids[: limits[p, n]] and cut[p][n].finish_reason == "length"
+        np.testing.assert_allclose(cut[p][n].logprobs, whole[p][n].logprobs[: limits[p, n]], rtol=0, atol=1e-5)
+    unfinished = [(limits > made).sum() for made in range(1, 12)]
+    assert rows == [next(size for size in (8, 16, 32) if size >= left) for left in unfinished]
+    assert {8, 16, 32} == set(rows)
+
+
 def test_picture_tokens_are_never_drawn(dense: tuple[Any, ...]) -> None:
     """Nor when the model is nearly sure of one."""
     _, config, params, prompts = dense
@@ -320,6 +356,9 @@ def test_bad_requests_are_refused(dense: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match=r"one per prompt and sample, \(4, 2\)"):
         keys = sampling_keys(0, 0, range(4), 1)
         generate(params, config, prompts, sampling=SamplingConfig(num_samples=2), keys=keys)
+    for limits in (np.ones((4, 2), np.int32), np.zeros((4, 1), np.int32), np.full((4, 1), 65)):
+        with pytest.raises(ValueError, match=r"limits must be \(4, 1\) numbers from 1 to max_new_tokens, 64"):
+            generate(params, config, prompts, sampling=SamplingConfig(temperature=0.0), limits=limits)
     with pytest.raises(ValueError, match="top_p must lie"):
         SamplingConfig(top_p=0.0)
     with pytest.raises(ValueError, match="at most 8 stop tokens"):

@@ -186,8 +186,9 @@ def test_garbage_in_padding_changes_nothing(dtype: Any) -> None:
 
 
 @dtypes
-def test_decoding(dtype: Any) -> None:
-    """Three prompts of different length, two samples of each, in the middle of a cache of two layers."""
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4, 5], [1, 4, 5]], ids=["all", "some"])
+def test_decoding(kept: list[int], dtype: Any) -> None:
+    """Three prompts of different length, two samples of each or what is left of them, in a cache of two layers."""
     layers, prompts, samples, kv_heads, heads, dim, keys, capacity = 2, 3, 2, 2, 4, 24, 37, 16
     rows, step, layer = prompts * samples, 5, 1
     old = [jnp.asarray(normal(i, layers, prompts, kv_heads, keys, dim), dtype) for i in (0, 1)]
@@ -202,7 +203,8 @@ def test_decoding(dtype: Any) -> None:
     history = [jnp.asarray(normal(i, rows, step + 1, kv_heads, dim), dtype) for i in (2, 3)]
     for place in range(step):
         cache = cache.append(jnp.int32(layer), jnp.int32(place), *(part[:, place : place + 1] for part in history))
-    q = jnp.asarray(normal(4, rows, 1, heads, dim), dtype)
+    cache, history = cache.keep(jnp.asarray(kept)), [part[jnp.asarray(kept)] for part in history]
+    q = jnp.asarray(normal(4, len(kept), 1, heads, dim), dtype)
     new = [part[:, step:] for part in history]
     decode = jax.jit(lambda q, k, v, cache: decode_attention(
         q, k, v, Prefix(*old, jnp.asarray(ids)), cache, jnp.int32(layer), jnp.int32(step)))  # fmt: skip
@@ -211,19 +213,19 @@ def test_decoding(dtype: Any) -> None:
     wanted_cache = cache.append(jnp.int32(layer), jnp.int32(step), *new)
     np.testing.assert_array_equal(after.k, wanted_cache.k)
     np.testing.assert_array_equal(after.v, wanted_cache.v)
-    for row in range(rows):
+    for place, row in enumerate(kept):
         seen = int(ids[row // samples].sum())
         for head in range(heads):
             k, v = (
                 np.concatenate(
-                    [np.asarray(o[layer, row // samples, head // 2, :seen]), np.asarray(h[row, :, head // 2])]
+                    [np.asarray(o[layer, row // samples, head // 2, :seen]), np.asarray(h[place, :, head // 2])]
                 )
                 for o, h in zip(old, history, strict=True)
             )
-            scores = np.asarray(q[row, 0, head], np.float64) @ k.astype(np.float64).T / np.sqrt(dim)
+            scores = np.asarray(q[place, 0, head], np.float64) @ k.astype(np.float64).T / np.sqrt(dim)
             weights = np.exp(scores - scores.max())
             wanted = weights / weights.sum() @ v.astype(np.float64)
-            error = np.linalg.norm(np.asarray(out[row, 0, head], np.float64) - wanted) / np.linalg.norm(wanted)
+            error = np.linalg.norm(np.asarray(out[place, 0, head], np.float64) - wanted) / np.linalg.norm(wanted)
             assert error < BOUNDS[dtype]
 
 
