@@ -166,10 +166,10 @@ def _comparisons() -> tuple:
             "a larger share of groups with a lesson, and a reward that grows faster by the step.",
             "arms": ("base", "oversample"),
             "columns": (
-                *on("training", "informative", "oversample", "rollout_seconds", "reward"),
+                *on("training", "trained_informative", "informative", "oversample", "rollout_seconds", "reward"),
                 *on("plain", "greedy", "pass@1"),
             ),
-            "curves": ("informative", "oversample", "reward"),
+            "curves": ("trained_informative", "oversample", "reward"),
         },
         {
             "name": "dpo",

@@ -71,7 +71,8 @@ MEASURES = {
 TRAINING = {
     "reward": Measure("reward", 3),
     "pass@1": Measure("pass@1 of rollouts, %", 1, 100),
-    "informative": Measure("groups with a lesson, %", 1, 100),
+    "informative": Measure("asked groups with a lesson, %", 1, 100),
+    "trained_informative": Measure("trained groups with a lesson, %", 1, 100),
     "oversample": Measure("prompts asked for each trained"),
     "entropy": Measure("entropy of a token, nats", 3),
     "length": Measure("tokens in a rollout", 1),
