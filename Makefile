@@ -32,7 +32,7 @@ lint: setup
 	.venv/bin/mypy
 
 test: lint
-	$(PYTHON_BIN) -m pytest -q -m 'not gpu and not prove' --durations=15 --durations-min=1
+	$(PYTHON_BIN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not gpu and not prove' --durations=15 --durations-min=1
 
 prove: setup
 	$(PYTHON_BIN) -m pytest -q -m 'prove and not gpu' --durations=0
