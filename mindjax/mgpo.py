@@ -60,7 +60,8 @@ class MGPOConfig:
       model: shapes of the model.
       looking: what is shown, and how large.
       spread: pixels of the original by which demonstrated boxes are off at most.
-      demonstrations, alone: conversations of the warm-up in two turns, and in one.
+      demonstrations, alone, close: conversations of the warm-up: in two turns; in one, on the whole picture; in one, on
+        a crop about the answer, which alone teach this small a model to read.
       prompts: of a run.
       held_out: items that every arm answers, greedily, before and after.
       sft: the warm-up, see `SFTConfig`.
@@ -75,6 +76,7 @@ class MGPOConfig:
     spread: float
     demonstrations: int
     alone: int
+    close: int
     prompts: int
     held_out: int
     sft: sft.SFTConfig
@@ -120,11 +122,13 @@ class MGPO:
     def _demonstrations(self) -> list[Sample]:
         """Those of two turns, and those of one."""
         config, rng = self.config, np.random.default_rng((self.config.seed, 1))
-        items = self._items("train", config.demonstrations + config.alone, 100 * config.seed + 1)
-        two = [demonstration(s, config.looking, rng, config.spread) for s in items[: config.demonstrations]]
+        count = config.demonstrations + config.close
+        items = self._items("train", count + config.alone, 100 * config.seed + 1)
+        two = [demonstration(s, config.looking, rng, config.spread) for s in items[:count]]
+        close = [replace(s, messages=s.messages[2:]) for s in two[config.demonstrations :]]
         env = LookOnce(config.looking, "alone", rng)
-        one = [replace(s, messages=(*map(dict, env.reset(s)), s.messages[-1])) for s in items[config.demonstrations :]]
-        return two + one
+        alone = [replace(s, messages=(*map(dict, env.reset(s)), s.messages[-1])) for s in items[count:]]
+        return two[: config.demonstrations] + close + alone
 
     @cached_property
     def _held_out(self) -> list[Sample]:

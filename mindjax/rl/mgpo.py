@@ -77,12 +77,17 @@ class Looking:
         return Environment(lambda rng: LookOnce(self, arm, rng), 1 if arm == "alone" else 2, largest)
 
     def view(self, pixels: np.ndarray, tokens: int) -> np.ndarray:
-        """The picture [H, W, 3], larger or smaller, on at most so many tokens; about its own shape."""
+        """The picture [H, W, 3], larger or smaller, on at most so many tokens; about its own shape, and of those
+        shapes the one of most tokens."""
         height, width = pixels.shape[:2]
         scale = math.sqrt(tokens / (height * width))
         # No side takes more than all tokens: a thin picture is one token wide.
         rows = min(max(1, math.floor(height * scale + 1e-9)), tokens)
         columns = min(max(1, math.floor(width * scale + 1e-9)), tokens // rows)
+        if (rows + 1) * columns <= tokens and height >= width:
+            rows += 1
+        elif rows * (columns + 1) <= tokens:
+            columns += 1
         size = columns * self.token_side, rows * self.token_side
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 

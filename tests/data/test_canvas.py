@@ -41,20 +41,20 @@ def test_the_box_is_the_cards() -> None:
 
 
 def test_the_place_is_seen_from_afar() -> None:
-    """In 48 x 48 pixels the most colourful spot is the card, to within half of it."""
+    """In 32 x 32 pixels the most colourful spot is the card, to within half of it."""
     for item in items("test", 40):
         left, top, right, bottom = item.answer["box"]
-        row, column = np.unravel_index(np.argmax(colourfulness(shrunk(item, 48))), (48, 48))
-        y, x = (row + 0.5) * CANVAS / 48, (column + 0.5) * CANVAS / 48
+        row, column = np.unravel_index(np.argmax(colourfulness(shrunk(item, 32))), (32, 32))
+        y, x = (row + 0.5) * CANVAS / 32, (column + 0.5) * CANVAS / 32
         assert abs(x - (left + right) / 2) <= CARD / 2 and abs(y - (top + bottom) / 2) <= CARD / 2
 
 
 def test_the_digit_is_read_from_near_alone() -> None:
-    """A classifier that is told where the card is reads held-out glyphs from full resolution, and from 48 or 80 pixels
+    """A classifier that is told where the card is reads held-out glyphs from full resolution, and from 32 or 45 pixels
     a side hardly better than chance."""
     ensemble = pytest.importorskip("sklearn.ensemble")
     train, test = items("train", 300), items("test", 100, seed=1)
-    near: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {name: ([], []) for name in ("48", "80", "full")}
+    near: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {name: ([], []) for name in ("32", "45", "full")}
     for place, drawn in enumerate((train, test)):
         for item in drawn:
             left, top, right, bottom = item.answer["box"]
@@ -65,7 +65,7 @@ def test_the_digit_is_read_from_near_alone() -> None:
             rows, columns = np.nonzero(ink > 60)
             ink = np.roll(ink, (-rows.min(), -columns.min()), (0, 1))[:13, :13]
             near["full"][place].append(ink.ravel())
-            for side in (48, 80):
+            for side in (32, 45):
                 scale = side / CANVAS
                 size = int(CARD * scale) + 2
                 view = np.pad(shrunk(item, side), ((0, size), (0, size), (0, 0)))
@@ -76,7 +76,7 @@ def test_the_digit_is_read_from_near_alone() -> None:
     for name, (known, new) in near.items():
         forest = ensemble.ExtraTreesClassifier(60, random_state=0).fit(known, [item.reply for item in train])
         scores[name] = forest.score(new, [item.reply for item in test])
-    assert scores["full"] > 0.85 and scores["48"] < 0.25 and scores["80"] < 0.4, scores
+    assert scores["full"] > 0.85 and scores["32"] < 0.25 and scores["45"] < 0.4, scores
 
 
 def test_it_is_a_family() -> None:

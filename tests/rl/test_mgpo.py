@@ -113,7 +113,8 @@ def test_the_arm_without_a_crop_has_the_tokens_of_both() -> None:
 def test_a_view_takes_at_most_its_tokens(size: tuple[int, int]) -> None:
     shown = LOOKING.view(np.zeros((*size, 3), np.uint8), 16)
     rows, columns = shown.shape[0] // 16, shown.shape[1] // 16
-    assert shown.shape[:2] == (rows * 16, columns * 16) and 8 <= rows * columns <= 16
+    assert shown.shape[:2] == (rows * 16, columns * 16) and 12 <= rows * columns <= 16
+    assert LOOKING.view(np.zeros((*size, 3), np.uint8), 2).shape[:2] in ((16, 32), (32, 16))
 
 
 def test_a_demonstration_says_a_box_that_is_near() -> None:
@@ -169,7 +170,8 @@ def test_the_recipe_and_its_comparison(tmp_path: Path) -> None:
     for size in ("", ":debug"):
         config = load_experiment(f"experiments/mgpo.py{size}")
         settings = to_dataclass(mgpo.MGPOConfig, {key: value for key, value in config.items() if key != "kind"})
-        assert settings.arms[0] == "learned" and settings.looking == replace(LOOKING, rules=settings.looking.rules)
+        looking = settings.looking
+        assert settings.arms[0] == "learned" and looking.whole_tokens == looking.crop_tokens == 1
     arms = {"learned": [1.0, 1.0, 0.0, 1.0], "alone": [0.0, 0.0, 0.0, 1.0]}
     before = {arm: {"right": [0.0, 0.0, 0.0, 1.0], "on_card": 0.25} for arm in arms}
     del before["alone"]["on_card"]

@@ -1,7 +1,7 @@
-"""A digit on a small card somewhere on a large photograph: far too small to read in a picture of a few tokens.
+"""A digit on a small card somewhere on a large photograph: far too small to read in a picture of a token or two.
 
-Shrunk to 48 pixels a side, the card is a coloured spot four pixels wide whose place can be seen and whose digit
-cannot; a crop around it shows the digit as large as other families do.
+Shrunk to 32 pixels a side, the card is a coloured spot five pixels wide whose place can be seen and whose digit
+cannot; a crop around it shows the digit nearly as large as other families do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from PIL import Image
 from mindjax.data.tasks.item import Item
 from mindjax.data.tasks.sources import CELL, Split, background, glyphs, paint
 
-CANVAS = 320  # pixels a side
+CANVAS = 160  # pixels a side
 CARD = 26
 # Half of GLYPH_SIZE: the handwriting has 8 x 8 pixels of detail, which 13 still hold.
 DIGIT = 13
@@ -35,9 +35,9 @@ def digit_canvas(split: Split, rng: np.random.Generator) -> Item:
     paint(canvas, np.ones((CARD, CARD), np.float32), top, left, colour)
     mask, glyph = glyphs(split).draw(digit, rng)
     small = mask.reshape(DIGIT, 2, DIGIT, 2).mean((1, 3))
-    # White on dark cards, black on the bright one; the digit anywhere on its card.
+    # White on dark cards, black on the bright one; the digit in the middle of its card.
     ink = (0, 0, 0) if sum(colour) > 400 else (255, 255, 255)
-    down, right = (int(p) for p in rng.integers(2, CARD - DIGIT - 1, 2))
+    down, right = (int(p) for p in rng.integers(5, 9, 2))
     paint(canvas, small, top + down, left + right, ink)
     wrong = tuple(str((digit + int(step)) % 10) for step in rng.choice(np.arange(1, 10), 3, replace=False))
     answer = {"kind": "exact", "value": str(digit), "box": [left, top, left + CARD, top + CARD]}
