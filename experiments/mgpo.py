@@ -36,11 +36,11 @@ def get_config(size: str = "") -> ConfigDict:
     config.demonstrations = 24 if debug else 2500
     config.alone = 8 if debug else 600
     config.close = 8 if debug else 5000
-    config.prompts = 8 if debug else 480
+    config.prompts = 8 if debug else 1024
     config.held_out = 8 if debug else 300
 
     config.sft = sft = ConfigDict()
-    sft.steps = 3 if debug else 1600
+    sft.steps = 3 if debug else 2200
     sft.rows = 4 if debug else 8
     sft.length = 256
     sft.checkpoint_every = 0 if debug else 400
@@ -49,8 +49,8 @@ def get_config(size: str = "") -> ConfigDict:
     sft.optimizer.warmup_steps = 1 if debug else 30
 
     config.rl = rl = ConfigDict()
-    rl.steps = 2 if debug else 80
-    rl.prompts_per_step = 4 if debug else 8
+    rl.steps = 2 if debug else 64
+    rl.prompts_per_step = 4 if debug else 16
     rl.samples_per_prompt = 4 if debug else 8
     rl.updates_per_rollout = 2
     rl.max_new_tokens = 12  # eight digits, three commas, the end
@@ -58,7 +58,8 @@ def get_config(size: str = "") -> ConfigDict:
     rl.eps_high = 0.15
     rl.checkpoint_every = 0 if debug else 40
     rl.keep_checkpoints = 1
-    rl.optimizer = _optimizer(2e-3)
+    # At twice this rate the policy forgets to read before it finds where to look.
+    rl.optimizer = _optimizer(1e-3)
     rl.optimizer.schedule = "linear"
     rl.optimizer.final_fraction = 0.1
     rl.optimizer.weight_decay = 0.0
