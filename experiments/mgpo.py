@@ -58,7 +58,7 @@ def get_config(size: str = "") -> ConfigDict:
     rl.eps_high = 0.15
     rl.checkpoint_every = 0 if debug else 40
     rl.keep_checkpoints = 1
-    # At twice this rate the policy forgets to read before it finds where to look.
+    # Twice this rate took held-out accuracy from 30 to 16 % (one seed, 8 prompts a step).
     rl.optimizer = _optimizer(1e-3)
     rl.optimizer.schedule = "linear"
     rl.optimizer.final_fraction = 0.1

@@ -1,4 +1,4 @@
-"""Batched sampling: prompts of different lengths with images, several samples of each, one compiled loop.
+"""Batched sampling: prompts of different lengths with images, several samples of each, one program.
 
 P prompts, N samples of each, R rows (P x N, fewer once many have ended), V vocabulary, C capacity for new tokens (a
 bucket of max_new_tokens).
@@ -418,7 +418,7 @@ def _written(answers: _Answers, state: _State) -> _Answers:
 
 
 def _more_than(rows: int, state: _State) -> Array:
-    """Whether so many rows are not done, and one more."""
+    """Whether more than so many rows are not done."""
     return jnp.sum(~state.done, dtype=jnp.int32) > rows
 
 
