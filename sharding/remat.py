@@ -12,15 +12,26 @@ Remat = str | tuple[str, ...]
 # The points that models mark with `checkpoint_name`.
 NAMES = ("qkv", "attention", "mlp_hidden")
 
+# As `sharding.links` marks them.
+_ALL_BUT_WEIGHTS = jax.checkpoint_policies.save_anything_except_these_names("weights")
 
-def rematerialise(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+
+def rematerialise(block: Callable[..., Any], remat: Remat, *, gathers: bool = False) -> Callable[..., Any]:
     """Wraps a scanned block so that its backward pass keeps what `remat` says.
+
+    Args:
+      block: marks points with `checkpoint_name`.
+      remat: see `Remat`.
+      gathers: whether the block joins its weights from several devices. They are then joined again for the backward
+        pass, whatever `remat` says: kept for all layers, they would be the whole model.
 
     Raises:
       ValueError: for a name that no model marks.
     """
     if remat == "none":
-        return block
+        if not gathers:
+            return block
+        return jax.checkpoint(block, policy=_ALL_BUT_WEIGHTS, prevent_cse=False)
     names = () if remat == "full" else remat
     unknown = [names] if isinstance(names, str) else sorted(set(names) - set(NAMES))
     if unknown:

@@ -8,14 +8,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# The batch's axes are those of `sharding.layout.BATCH`. Expert devices share the dense work, so they split it too.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # Activations. Expert devices share the dense work, so they split the batch too. Vision rows are a batch as well.
+    # Activations. The tokens of a row stay in one piece on `tensor` outside of the layers.
     "batch": ("data", "fsdp", "expert"),
+    "time": "sequence",
+    # Images lie with the rows that read them, and within these on all devices alike: none idles over a row of text.
+    "vision_batch": ("data", "fsdp", "expert", "stage", "sequence", "tensor"),
     # Weights over fsdp by the dimension that faces the residual stream: gathered for use, gradients scattered back.
     "embed": "fsdp",
     "vision_embed": "fsdp",
     "vision_merged": "fsdp",
-    # Weights over tensor by the inner dimension: the first product needs no exchange, the second one sum.
+    # Weights over tensor by the inner dimension: the first product needs no exchange, the second one sum. The vision
+    # encoder has a device's images to itself, so it gathers these too.
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -24,14 +29,21 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
     "expert": "expert",
+    # A stage holds its layers.
+    "layer": "stage",
     # Whole on every device: scanned over, or too small to gain.
-    "layer": None,
     "vision_layer": None,
     "deepstack": None,
     "norm": None,
     "router": None,
     "patch": None,
     "vision_position": None,
+    # Fewer key/value heads than tensor devices, see `Parallel.logical_axes`.
+    "whole_kv_heads": None,
+    # Layers that the stages do not divide evenly, or that pass in several rounds: split by another dimension, and sent
+    # to their stages once a step.
+    "spread_layer": None,
+    "spread_embed": ("fsdp", "stage"),
 }
 
 

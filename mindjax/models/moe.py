@@ -21,6 +21,7 @@ from mindjax.ops.activation import swiglu
 from mindjax.ops.dispatch import on_cpu
 from mindjax.ops.grouped_matmul import grouped_matmul
 from mindjax.ops.matmul import matmul
+from sharding.links import ONE_DEVICE, Links
 
 Array = jax.Array
 
@@ -52,21 +53,24 @@ class RouterStats:
     aux_count: Array
 
 
-def moe(params: dict[str, Array], x: Array, segment_ids: Array, config: TextConfig) -> tuple[Array, RouterStats]:
+def moe(
+    params: dict[str, Array], x: Array, segment_ids: Array, config: TextConfig, links: Links = ONE_DEVICE
+) -> tuple[Array, RouterStats]:
     """Sends each token to its top-k experts and adds their answers, weighted; no token is dropped.
 
     Args:
-      params: router [H, E], gate_up [E, H, 2 I] (gate first, then up), down [E, I, H].
+      params: router [H, E], gate_up [E, H, 2 I] (gate first, then up), down [E, I, H]; of E and I a device's share.
       x: [B, T, H].
       segment_ids: [B, T] int32; each run of one id in a row is a sequence, 0 is padding, which is neither routed
         nor counted and gets a zero answer.
       config: reads num_experts, num_experts_per_tok, norm_topk_prob.
+      links: to the devices that have the other experts.
 
     Returns:
-      (y [B, T, H] in the dtype of `x`, RouterStats).
+      (y [B, T, H] in the dtype of `x`, a summand where I is split; RouterStats over the rows of all devices).
     """
     rows, time, hidden = x.shape
-    tokens = rows * time
+    tokens = rows * time  # of this device
     experts, choices = config.num_experts, config.num_experts_per_tok
     flat = x.reshape(tokens, hidden)
     real = segment_ids.reshape(tokens) > 0
@@ -79,21 +83,38 @@ def moe(params: dict[str, Array], x: Array, segment_ids: Array, config: TextConf
     # transformers weighs in the model's dtype, the published models were trained so.
     weights = jnp.where(real[:, None], weights, 0.0).astype(x.dtype)
 
-    # Padding goes to an expert past the last, hence behind every group, where the product is zero.
-    expert = jnp.where(real[:, None], chosen, experts).reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    taken = (chosen[:, :, None] == jnp.arange(experts)[None, None]).any(axis=1) & real[:, None]
-    group_sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
+    # Padding goes to an expert past the last.
+    chosen = jnp.where(real[:, None], chosen, experts)
+    y = _experts(params, *(links.gather(part, ("expert",), 0) for part in (flat, chosen, weights)), links)
+    y = links.scatter_sum(y, "expert", 0)
 
+    load = jnp.sum(_taken(chosen, experts), axis=0, dtype=jnp.float32)
+    aux_sum, aux_count = _balance_loss(
+        probabilities.reshape(rows, time, experts), chosen.reshape(rows, time, choices), segment_ids, links
+    )
+    return y.reshape(x.shape), RouterStats(*links.sum_batch((load, aux_sum, aux_count)))
+
+
+def _experts(params: dict[str, Array], x: Array, chosen: Array, weights: Array, links: Links) -> Array:
+    """The weighted answers of this device's experts to tokens x [N, H], which chose [N, k], summed: [N, H]."""
+    count, choices = params["down"].shape[0], chosen.shape[1]
+    if links.layout.expert > 1:
+        chosen = chosen - links.index("expert") * count
+        chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
+    # Other devices' experts, and padding, come last: behind every group, where the product is zero.
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
     back = jnp.argsort(order)
-    rows_in = _dispatch(flat, order, back, choices)
+    group_sizes = jnp.sum(_taken(chosen, count), axis=0, dtype=jnp.int32)
+    rows_in = _dispatch(x, order, back, choices)
     hidden_states = checkpoint_name(grouped_matmul(rows_in, params["gate_up"], group_sizes), "mlp_hidden")
     # Weighed before the last product, which is linear: then the gradient of the weights needs no answer kept.
     weighed = swiglu(hidden_states, _permute(weights.reshape(-1), order, back).astype(jnp.float32))
-    y = _combine(grouped_matmul(weighed, params["down"], group_sizes), order, back, choices)
+    return _combine(grouped_matmul(weighed, params["down"], group_sizes), order, back, choices)
 
-    aux_sum, aux_count = _balance_loss(probabilities, taken, segment_ids)
-    return y.reshape(x.shape), RouterStats(group_sizes.astype(jnp.float32), aux_sum, aux_count)
+
+def _taken(chosen: Array, experts: int) -> Array:
+    """[N, k] numbers of experts as [N, E] bool."""
+    return (chosen[:, :, None] == jnp.arange(experts, dtype=chosen.dtype)[None, None]).any(axis=1)
 
 
 # Gradients of gathers are scatters, which run one row at a time on a CPU; that of a permutation is its inverse.
@@ -138,18 +159,28 @@ def _no_gradient(indices: tuple[Array, ...]) -> list[np.ndarray]:
     return [np.zeros(index.shape, jax.dtypes.float0) for index in indices]
 
 
-def _balance_loss(probabilities: Array, taken: Array, segment_ids: Array) -> tuple[Array, Array]:
+def _balance_loss(probabilities: Array, chosen: Array, segment_ids: Array, links: Links) -> tuple[Array, Array]:
     """The load-balancing loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6), per sequence.
 
     E sum_e f_e P_e with f_e the share of the sequence's tokens that chose e (the f_e sum to k, as transformers
     has it, so that published coefficients keep their meaning) and P_e its mean router probability. A mean over
     the whole batch would not add up over micro-batches; a sum over sequences does.
 
+    Args:
+      probabilities: [B, T, E].
+      chosen: [B, T, k].
+      segment_ids: [B, T].
+      links: to the devices that have the other tokens of these rows.
+
     Returns:
-      (sum over sequences, number of sequences).
+      (sum over tokens of their share, number of sequences that begin here).
     """
-    rows, time = segment_ids.shape
     experts = probabilities.shape[-1]
+    # What a sequence chose is counted over whole rows, of which the numbers of experts are little to send.
+    own = links.row_places(segment_ids.shape[1])
+    segment_ids, chosen = links.whole_rows(segment_ids), links.whole_rows(chosen)
+    rows, time = segment_ids.shape
+    taken = _taken(chosen.reshape(rows * time, -1), experts)
     place = jnp.arange(time, dtype=jnp.int32)[None]
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     edge = jnp.ones((rows, 1), bool)
@@ -164,7 +195,9 @@ def _balance_loss(probabilities: Array, taken: Array, segment_ids: Array) -> tup
     )
     totals = jnp.take_along_axis(running, last[:, :, None] + 1, axis=1)
     totals -= jnp.take_along_axis(running, first[:, :, None], axis=1)
+    if own is not None:
+        totals, lengths, segment_ids, is_first = (x[:, own] for x in (totals, lengths, segment_ids, is_first))
     real = segment_ids > 0
-    per_token = experts * jnp.sum(totals * probabilities.reshape(rows, time, experts) / lengths**2, axis=-1)
+    per_token = experts * jnp.sum(totals * probabilities / lengths**2, axis=-1)
     count = jnp.sum(is_first & real, dtype=jnp.float32)
     return jnp.sum(jnp.where(real, per_token, jnp.float32(0))), count

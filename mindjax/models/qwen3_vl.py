@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens, H hidden, V vocabulary, M merged vision tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,18 +15,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mindjax.config import ModelConfig, TextConfig
-from mindjax.models.attention import Attend, TextAttention, text_attention
+from mindjax.models.attention import Attend, TextAttention, row_attention, text_attention
 from mindjax.models.mlp import MLP, mlp
 from mindjax.models.moe import MoE, RouterStats, moe
 from mindjax.models.parameters import LOGICAL_AXES, Init, map_parameters, pure_dict
 from mindjax.models.rope import text_rope
+from mindjax.models.spread import spread
 from mindjax.models.vision import VisionEncoder, VisionFeatures, encode
-from mindjax.ops.attention import attention
 from mindjax.ops.logprobs import token_logprobs as head_logprobs
 from mindjax.ops.matmul import matmul, matmul_transposed
 from mindjax.ops.norm import rms_norm
 from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, VisionInputs
+from sharding.links import ONE_DEVICE, Links
+from sharding.parallel import Parallel
+from sharding.pipeline import pipeline
 from sharding.remat import Remat, rematerialise
 
 Params = dict[str, Any]
@@ -113,10 +117,16 @@ def logical_axes(config: ModelConfig) -> Params:
 
 
 def encode_vision(
-    params: Params, config: ModelConfig, vision: VisionInputs, *, remat: Remat = "none"
+    params: Params,
+    config: ModelConfig,
+    vision: VisionInputs,
+    *,
+    remat: Remat = "none",
+    links: Links = ONE_DEVICE,
+    axes: Params | None = None,
 ) -> VisionFeatures:
-    """Runs the vision encoder alone; `forward` takes the result as `vision_features`."""
-    return encode(params["vision"], vision, config.vision, remat)
+    """Runs the vision encoder alone; `forward` takes the result as `vision_features`. See there for the arguments."""
+    return encode(params["vision"], vision, config.vision, remat, links, axes and axes["vision"])
 
 
 def forward(
@@ -127,44 +137,114 @@ def forward(
     vision_features: VisionFeatures | None = None,
     remat: Remat = "none",
     keep_kv: bool = False,
+    links: Links = ONE_DEVICE,
+    axes: Params | None = None,
 ) -> Output:
     """The whole model on packed rows.
 
     Args:
-      params: nested dict; its dtype is the compute dtype.
+      params: nested dict; its dtype is the compute dtype. With several devices, this one's parts.
       batch: see `Batch`; `batch.vision` None with `vision_features` None is a batch of text alone.
       vision_features: of an earlier `encode_vision`, used instead of encoding `batch.vision`.
       remat: what a block keeps for the backward pass.
       keep_kv: whether `Output.state` holds the keys and values of every layer, [layers, B, T, K, D] each.
+      links: to the other devices, inside `jax.shard_map`.
+      axes: logical axes of the parameters (`Parallel.logical_axes`); not read on one device.
 
     Returns:
-      hidden states after the final norm, and router statistics.
+      hidden states after the final norm, and router statistics. With several devices [B, T / (sequence x tensor), H],
+      zero but on the last stage, and the statistics of the stage's layers.
     """
+    text, text_axes = params["text"], (axes or {"text": {"layers": None, "embed": None}})["text"]
     if vision_features is None and batch.vision is not None:
-        vision_features = encode_vision(params, config, batch.vision, remat=remat)
-    x = params["text"]["embed"][batch.tokens]
+        vision_features = _whole_features(params, config, batch, remat, links, axes)
+    x = _embed(links.weights(text["embed"], text_axes["embed"]), batch.tokens, links)
+    deepstack, places = None, None
     if vision_features is not None:
-        places = (batch.vision_index >= 0)[..., None]
-        placed = _place(vision_features, batch.vision_index)
+        index = links.own_tokens(batch.vision_index)
+        places = (index >= 0)[..., None]
+        placed = _place(vision_features, index)
         x, deepstack = jnp.where(places, placed[0], x), placed[1:]
-    segments = batch.segment_ids
+    # What the layers read of the rows beside x.
+    beside = (text_rope(batch.positions, config.text), batch.segment_ids, deepstack, places)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        out = attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=True)
-        return out, (k, v) if keep_kv else None
-
-    rope = text_rope(batch.positions, config.text)
-
-    def block(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, Any]:
+    def block(x: jax.Array, layer: tuple[Params, jax.Array], beside: Any) -> tuple[jax.Array, Any]:
         p, index = layer
-        x, router, state = decoder_layer(p, x, rope, segments, config.text, attend)
-        if vision_features is not None and len(deepstack):
+        rope, segments, deepstack, places = beside
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            return row_attention(q, k, v, segments, links), (k, v) if keep_kv else None
+
+        p = links.weights(p, text_axes["layers"])
+        x, router, state = decoder_layer(p, x, rope, segments, config.text, attend, links)
+        if deepstack is not None and len(deepstack):
             x = _add_deepstack(x, deepstack, index, places)
         return x, (router, state)
 
-    layers = (params["text"]["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
-    x, (router, state) = scan_layers(rematerialise(block, remat), x, layers)
-    return Output(rms_norm(x, params["text"]["norm"], config.text.rms_norm_eps), router, state)
+    if links.layout.stage > 1:
+        x, router = _through_stages(block, x, beside, text["layers"], config.text, remat, links)
+        state = None
+    else:
+        layers = (text["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
+        x, (router, state) = scan_layers(
+            rematerialise(partial(block, beside=beside), remat, gathers=links.layout.fsdp > 1), x, layers
+        )
+    return Output(rms_norm(x, text["norm"], config.text.rms_norm_eps), router, state)
+
+
+def _through_stages(
+    block: Callable[..., Any], x: jax.Array, beside: Any, layers: Params, config: TextConfig, remat: Remat, links: Links
+) -> tuple[jax.Array, RouterStats | None]:
+    """The layers as a pipeline, see `sharding.pipeline`; `layers` are those of this stage, [1, round, size, ...]."""
+    layout = links.layout
+    parts = layout.microbatches
+
+    def split(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(parts, -1, *leaf.shape[1:])
+
+    rope, segments, deepstack, places = beside
+    # The levels of DeepStack come before the rows.
+    levels = None if deepstack is None else jnp.moveaxis(deepstack, 0, 1)
+    cut = jax.tree.map(split, (rope, segments, levels, places))
+    size = jax.tree.leaves(layers)[0].shape[2]
+
+    def run(x: jax.Array, number: jax.Array, turn: jax.Array) -> tuple[jax.Array, Any]:
+        rope, segments, levels, places = jax.tree.map(lambda leaf: leaf[number], cut)
+        beside = (rope, segments, None if levels is None else jnp.moveaxis(levels, 1, 0), places)
+        first = (turn * layout.stage + links.index("stage")) * size
+        index = first + jnp.arange(size, dtype=jnp.int32)
+
+        def layer(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, Any]:
+            out, (router, _) = block(x, layer, beside)
+            # Stages hold equally many layers; what is too many of them changes nothing and learns nothing.
+            exists = layer[1] < config.num_hidden_layers
+            return jnp.where(exists, out, x), jax.tree.map(lambda one: jnp.where(exists, one, 0.0), router)
+
+        here = jax.tree.map(lambda leaf: leaf[0, turn], layers)
+        return scan_layers(rematerialise(layer, remat, gathers=layout.fsdp > 1), x, (here, index))
+
+    x, router = pipeline(run, split(x), stages=layout.stage, microbatches=parts, rounds=layout.pipeline_rounds)
+    return x.reshape(-1, *x.shape[2:]), router
+
+
+def _whole_features(
+    params: Params, config: ModelConfig, batch: Batch, remat: Remat, links: Links, axes: Params | None
+) -> VisionFeatures:
+    """The pictures of this device's rows, encoded by all devices that share these."""
+    assert batch.vision is not None
+    features = encode_vision(params, config, batch.vision, remat=remat, links=links, axes=axes)
+    over = ("stage", "sequence", "tensor")
+    return VisionFeatures(links.gather(features.tokens, over, 0), links.gather(features.deepstack, over, 1))
+
+
+def _embed(table: jax.Array, tokens: jax.Array, links: Links) -> jax.Array:
+    """[B, T / sequence] int32 to the embeddings [B, t, H] of this device's tokens; `table` is its share of the rows."""
+    if links.layout.tensor == 1:
+        return table[tokens]
+    place = tokens - links.index("tensor") * table.shape[0]
+    mine = (place >= 0) & (place < table.shape[0])
+    found = jnp.where(mine[..., None], table[jnp.clip(place, 0, table.shape[0] - 1)], jnp.zeros((), table.dtype))
+    return links.sum_tokens(found)
 
 
 def decoder_layer(
@@ -174,15 +254,17 @@ def decoder_layer(
     segment_ids: jax.Array,
     config: TextConfig,
     attend: Attend,
+    links: Links = ONE_DEVICE,
 ) -> tuple[jax.Array, RouterStats | None, Any]:
-    """One layer on x [B, T, H]: the same code for training, prefill and decoding, which differ in `attend` alone."""
-    out, state = text_attention(p["attn"], rms_norm(x, p["input_norm"], config.rms_norm_eps), rope, config, attend)
-    x = x + out
-    normed = rms_norm(x, p["post_attention_norm"], config.rms_norm_eps)
+    """One layer on x [B, t, H]: the same code for training, prefill and decoding, which differ in `attend` alone."""
+    normed = links.all_tokens(rms_norm(x, p["input_norm"], config.rms_norm_eps))
+    out, state = text_attention(p["attn"], normed, rope, config, attend, links)
+    x = x + links.sum_tokens(out)
+    normed = links.all_tokens(rms_norm(x, p["post_attention_norm"], config.rms_norm_eps))
     if config.num_experts:
-        out, router = moe(p["moe"], normed, segment_ids, config)
-        return x + out, router, state
-    return x + mlp(p["mlp"], normed), None, state
+        out, router = moe(p["moe"], normed, segment_ids, config, links)
+        return x + links.sum_tokens(out), router, state
+    return x + links.sum_tokens(mlp(p["mlp"], normed)), None, state
 
 
 def head(params: Params) -> jax.Array:
@@ -207,23 +289,66 @@ def token_logprobs(
     temperature: float | jax.Array = 1.0,
     vision_features: VisionFeatures | None = None,
     remat: Remat = "none",
+    parallel: Parallel | None = None,
 ) -> TokenLogprobs:
-    """Log-probability of every token given its past, under the distribution at `temperature`."""
-    output = forward(params, config, batch, vision_features=vision_features, remat=remat)
-    rows, length = batch.tokens.shape
+    """Log-probability of every token given its past, under the distribution at `temperature`.
+
+    Args:
+      params, config, batch, vision_features, remat: see `forward`.
+      temperature: > 0.
+      parallel: the devices to spread it over; None for one.
+
+    Raises:
+      ValueError: the model or the batch does not divide by the layout, or the temperature is not positive.
+    """
+    if not isinstance(temperature, jax.Array) and temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; greedy decoding has no log-probabilities")
     # The last column predicts nothing; it stays, so that the shape is a bucket's and not a bucket's less one.
     targets = jnp.roll(batch.tokens, -1, axis=1)
-    logp, entropy = head_logprobs(
-        output.hidden.reshape(rows * length, -1), head(params), targets.reshape(-1), temperature=temperature
-    )
+    temperature = jnp.asarray(temperature, jnp.float32)
+    predict = partial(_predictions, config=config, remat=remat)
+    if parallel is None:
+        logp, entropy, router = predict(params, batch, targets, temperature, vision_features, links=ONE_DEVICE)
+    else:
+        logp, entropy, router = spread(
+            predict, params, logical_axes(config), config, batch, targets, temperature, vision_features, parallel
+        )
     same_segment = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] != 0)
-    align = partial(_shift_right, keep=same_segment, shape=(rows, length))
-    return TokenLogprobs(align(logp), align(entropy), output.router)
+    return TokenLogprobs(_shift_right(logp, same_segment), _shift_right(entropy, same_segment), router)
 
 
-def _shift_right(values: jax.Array, keep: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _predictions(
+    params: Params,
+    batch: Batch,
+    targets: jax.Array,
+    temperature: jax.Array,
+    vision_features: VisionFeatures | None,
+    *,
+    config: ModelConfig,
+    remat: Remat,
+    links: Links,
+    axes: Params | None = None,
+) -> tuple[jax.Array, jax.Array, RouterStats | None]:
+    """(log-probability of targets, entropy of what they are drawn from, [B, T / sequence] each, router statistics)."""
+    output = forward(params, config, batch, vision_features=vision_features, remat=remat, links=links, axes=axes)
+    text = params["text"]
+    name = "head" if "head" in text else "embed"
+    matrix = links.weights(text[name], axes and axes["text"][name])
+    hidden, targets = links.head_tokens(output.hidden), links.head_targets(targets)
+    logp, entropy = head_logprobs(
+        hidden.reshape(targets.size, -1),
+        matrix if name == "head" else matrix.T,
+        targets.reshape(-1),
+        temperature=temperature,
+        axis="tensor" if links.layout.tensor > 1 else None,
+    )
+    logp, entropy = (links.from_head(x.reshape(targets.shape)) for x in (logp, entropy))
+    return logp, entropy, output.router
+
+
+def _shift_right(values: jax.Array, keep: jax.Array) -> jax.Array:
     """Moves what position t - 1 predicted to t, 0 where t has no past in its segment."""
-    kept = jnp.where(keep, values.reshape(shape)[:, :-1], jnp.float32(0))
+    kept = jnp.where(keep, values[:, :-1], jnp.float32(0))
     return jnp.pad(kept, ((0, 0), (1, 0)))
 
 

@@ -22,9 +22,12 @@ from mindjax.ops.matmul import add_bias, matmul
 from mindjax.ops.rotary import rotate
 from mindjax.ops.scan import scan_layers
 from mindjax.types import VisionInputs
+from sharding.links import ONE_DEVICE, Links
 from sharding.remat import Remat, rematerialise
 
 Lead = tuple[tuple[str, int], ...]
+# A device encodes whole images, so it joins a block's weights along every axis that splits them.
+WEIGHTS_OVER = ("fsdp", "tensor")
 
 
 @jax.tree_util.register_dataclass
@@ -99,23 +102,36 @@ class VisionEncoder(nnx.Module):
             self.deepstack_mergers = Merger(init, config, merged, (("deepstack", levels),))
 
 
-def encode(p: dict[str, Any], vision: VisionInputs, config: VisionConfig, remat: Remat) -> VisionFeatures:
+def encode(
+    p: dict[str, Any],
+    vision: VisionInputs,
+    config: VisionConfig,
+    remat: Remat,
+    links: Links = ONE_DEVICE,
+    axes: Any = None,
+) -> VisionFeatures:
     """Encodes packed patches; attention stays inside one image or frame.
 
     Args:
       p: the `vision` branch of the parameters; its dtype is the compute dtype.
       vision: patches [R, L, P] and where they stand.
       remat: what a block keeps for the backward pass.
+      links: to the devices that have the other parts of the parameters.
+      axes: logical axes of the parameters; not read on one device.
 
     Returns:
       tokens [M, H] and DeepStack features [levels, M, H].
     """
+    blocks, others = p["blocks"], {name: branch for name, branch in p.items() if name != "blocks"}
+    axes = axes or {"blocks": None}
+    p = links.weights(others, {name: axes[name] for name in others if name in axes}, WEIGHTS_OVER)
     x = embed_patches(p, vision, config)
     rope = vision_rope(vision.coordinates, config)
 
     def block(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, Any], jax.Array]) -> tuple[Any, None]:
         x, taps = carry
         p, level = layer
+        p = links.weights(p, axes["blocks"], WEIGHTS_OVER)
         x = x + vision_attention(p, x, rope, vision.segment_ids, config)
         x = x + vision_mlp(p, x)
         # A tap is kept in the carry, not as a scan output, so that depth x patches is never materialised.
@@ -125,8 +141,10 @@ def encode(p: dict[str, Any], vision: VisionInputs, config: VisionConfig, remat:
     levels = len(indexes)
     taps = jnp.zeros((levels, *x.shape), x.dtype)
     level_of = [indexes.index(layer) if layer in indexes else -1 for layer in range(config.depth)]
-    layers = (p["blocks"], jnp.asarray(level_of, jnp.int32))
-    (x, taps), _ = scan_layers(rematerialise(block, remat), (x, taps), layers)
+    layers = (blocks, jnp.asarray(level_of, jnp.int32))
+    (x, taps), _ = scan_layers(
+        rematerialise(block, remat, gathers=links.layout.fsdp * links.layout.tensor > 1), (x, taps), layers
+    )
 
     tokens = merge_patches(p["merger"], x, config)
     # Level j of the language model receives the j-th tap in layer order, through the merger of its place in the list.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_cuda import jax_fused
 from mindjax.ops.dispatch import on_cpu
 
-# Queries beyond this go in blocks, recomputed in the backward pass, so that memory grows with T x block, not T^2.
+# Queries beyond this go in blocks, so that memory grows with T x block, not T^2.
 QUERY_BLOCK = 1024
 # Finite, so that a row of padding (nothing to attend to) gives an average and not NaN.
 MASKED = -1e30
@@ -41,25 +42,13 @@ def attention(
     """
     length = q.shape[1]
     index = jnp.arange(length, dtype=jnp.int32) if causal else jnp.full(length, -1, jnp.int32)
-    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
-        return _attend(q, k, v, q_segment_ids, kv_segment_ids, index)
-
-    def block(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q_block, segments, rows = args
-        return _attend(q_block, k, v, segments, kv_segment_ids, rows)
-
-    blocks = length // QUERY_BLOCK
-    split = jnp.moveaxis(q.reshape(q.shape[0], blocks, QUERY_BLOCK, *q.shape[2:]), 1, 0)
-    segments = jnp.moveaxis(q_segment_ids.reshape(-1, blocks, QUERY_BLOCK), 1, 0)
-    out = jax.lax.map(jax.checkpoint(block), (split, segments, index.reshape(blocks, QUERY_BLOCK)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    return _attention(q, k, v, q_segment_ids, kv_segment_ids, index)
 
 
 @jax.custom_vjp
-def _attend(
+def _attention(
     q: jax.Array, k: jax.Array, v: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
 ) -> jax.Array:
-    """Attention of one block of queries at `q_index` [T], below 0 where attention is not causal."""
     return _forward(q, k, v, q_segment_ids, kv_segment_ids, q_index)[0]
 
 
@@ -70,9 +59,90 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     operands = (q, k, v, q_segment_ids, kv_segment_ids, q_index)
-    out, normaliser = on_cpu(jax_fused.attention, _attend_whole, *operands)
+    out, normaliser = attend(*operands)
     out, normaliser = checkpoint_name(out, "attention"), checkpoint_name(normaliser, "attention")
     return out, (*operands, out, normaliser)
+
+
+def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[Any, ...]:
+    nothing = [np.zeros(ids.shape, jax.dtypes.float0) for ids in saved[3:6]]
+    return (*attend_grad(*saved, g), *nothing)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, q_index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The forward pass of `attention` with the normaliser, from which parts over different keys can be joined.
+
+    Args:
+      q, k, v, q_segment_ids, kv_segment_ids: see `attention`.
+      q_index: [T] int32, the last key that each query sees, below 0 where it sees all.
+
+    Returns:
+      (out, logarithm of each query's sum of exponentials [B, N, T] float32, infinite where a query sees nothing).
+    """
+    if not _in_blocks(q):
+        return on_cpu(jax_fused.attention, _attend_whole, q, k, v, q_segment_ids, kv_segment_ids, q_index)
+
+    def block(args: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q, segments, index = args
+        return on_cpu(jax_fused.attention, _attend_whole, q, k, v, segments, kv_segment_ids, index)
+
+    out, normaliser = jax.lax.map(block, (_split(q, 1), _split(q_segment_ids, 1), _split(q_index, 0)))
+    return _join(out, 1), _join(normaliser, 2)
+
+
+def attend_grad(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    q_index: jax.Array,
+    out: jax.Array,
+    normaliser: jax.Array,
+    g: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v.
+
+    Args:
+      q, k, v, q_segment_ids, kv_segment_ids, q_index: see `attend`.
+      out, normaliser: over all keys that the queries see, of which these may be some.
+      g: the gradient of `out`.
+    """
+    call = partial(on_cpu, jax_fused.attention_grad, _attend_whole_backward)
+    if not _in_blocks(q):
+        return call(q, k, v, q_segment_ids, kv_segment_ids, q_index, out, normaliser, g)
+
+    def block(sums: tuple[jax.Array, jax.Array], args: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        q, segments, index, out, normaliser, g = args
+        dq, dk, dv = call(q, k, v, segments, kv_segment_ids, index, out, normaliser, g)
+        return (sums[0] + dk.astype(jnp.float32), sums[1] + dv.astype(jnp.float32)), dq
+
+    parts = (
+        _split(q, 1), _split(q_segment_ids, 1), _split(q_index, 0), _split(out, 1), _split(normaliser, 2), _split(g, 1)
+    )  # fmt: skip
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(block, zeros, parts)
+    return _join(dq, 1), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _in_blocks(q: jax.Array) -> bool:
+    return q.shape[1] > QUERY_BLOCK and q.shape[1] % QUERY_BLOCK == 0
+
+
+def _split(x: jax.Array, dim: int) -> jax.Array:
+    """The dimension of queries in blocks, which come first."""
+    return jnp.moveaxis(x.reshape(*x.shape[:dim], -1, QUERY_BLOCK, *x.shape[dim + 1 :]), dim, 0)
+
+
+def _join(x: jax.Array, dim: int) -> jax.Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, dim)
+    return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
 
 
 def _attend_whole(
@@ -88,11 +158,6 @@ def _attend_whole(
     # Rows of padding, which attend to nothing, get weights of 0 in the backward pass.
     normaliser = jnp.where(largest > MASKED / 2, largest + jnp.log(total), jnp.float32(jnp.inf))
     return _unfold(out, q.shape).astype(q.dtype), normaliser.reshape(q.shape[0], q.shape[2], q.shape[1])
-
-
-def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[Any, ...]:
-    nothing = [np.zeros(ids.shape, jax.dtypes.float0) for ids in saved[3:6]]
-    return (*on_cpu(jax_fused.attention_grad, _attend_whole_backward, *saved, g), *nothing)
 
 
 def _attend_whole_backward(
@@ -118,9 +183,6 @@ def _attend_whole_backward(
     dk, dv = _over_rows(d_scores, rows), _over_rows(weights.astype(v.dtype), g_rows)
     dk, dv = dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
     return _unfold(dq, q.shape).astype(q.dtype), dk, dv
-
-
-_attend.defvjp(_forward, _backward)
 
 
 def _scores(

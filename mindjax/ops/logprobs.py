@@ -5,6 +5,8 @@ N places, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,13 @@ CHUNK_LOGITS = 2**24
 
 
 def token_logprobs(
-    hidden: Array, head: Array, targets: Array, *, temperature: float | Array = 1.0, chunk: int | None = None
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    *,
+    temperature: float | Array = 1.0,
+    chunk: int | None = None,
+    axis: str | None = None,
 ) -> tuple[Array, Array]:
     """Log-probability of each target, and entropy of the distribution it is drawn from.
 
@@ -31,6 +39,8 @@ def token_logprobs(
         distribution that sampling at this temperature draws from. No gradient reaches it.
       chunk: places whose logits exist at once, forward and backward; None chooses by V so that a chunk holds
         at most `CHUNK_LOGITS` numbers.
+      axis: of a mesh, over which the vocabulary is split, in order: V is then a device's share, and targets count
+        through all shares. The results are the same on every device. To be called inside `jax.shard_map`.
 
     Returns:
       (logp [N], entropy [N]), float32, in nats.
@@ -44,46 +54,59 @@ def token_logprobs(
     places, vocabulary = hidden.shape[0], head.shape[1]
     chunk = chunk or max(1, CHUNK_LOGITS // vocabulary)
     if places <= chunk:
-        return _chunk_logprobs(hidden, head, targets, temperature)
+        return _chunk_logprobs(hidden, head, targets, temperature, axis)
 
     chunks = -(-places // chunk)
     padding = chunks * chunk - places
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
     targets = jnp.pad(targets, (0, padding)).reshape(chunks, chunk)
-    one_chunk = jax.checkpoint(lambda pair: _chunk_logprobs(pair[0], head, pair[1], temperature))
+    one_chunk = jax.checkpoint(lambda pair: _chunk_logprobs(pair[0], head, pair[1], temperature, axis))
     logp, entropy = lax.map(one_chunk, (hidden, targets))
     return logp.reshape(-1)[:places], entropy.reshape(-1)[:places]
 
 
-@jax.custom_vjp
-def _chunk_logprobs(hidden: Array, head: Array, targets: Array, temperature: Array) -> tuple[Array, Array]:
-    return _forward(hidden, head, targets, temperature)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunk_logprobs(
+    hidden: Array, head: Array, targets: Array, temperature: Array, axis: str | None
+) -> tuple[Array, Array]:
+    return _forward(hidden, head, targets, temperature, axis)[0]
 
 
 # The backward pass is written out: it passes over the logits once, where the derived one does so a dozen times.
-def _forward(hidden: Array, head: Array, targets: Array, temperature: Array) -> tuple[tuple[Array, Array], tuple]:
+def _forward(
+    hidden: Array, head: Array, targets: Array, temperature: Array, axis: str | None
+) -> tuple[tuple[Array, Array], tuple]:
     # float32 from here on: eps of GSPO lies below the spacing of bfloat16 at 1.0.
     logits = matmul(hidden, head, dtype=jnp.float32) / temperature
     largest = jnp.max(logits, axis=-1, keepdims=True)
+    if axis is not None:
+        largest = lax.pmax(largest, axis)
     weights = jnp.exp(logits - largest)
-    total = jnp.sum(weights, axis=-1)
+    share = logits.shape[1]
+    place = targets - (0 if axis is None else lax.axis_index(axis) * share)
+    chosen = jnp.take_along_axis(logits, jnp.clip(place, 0, share - 1)[:, None], axis=-1)[:, 0]
+    sums = jnp.sum(weights, axis=-1), jnp.sum(weights * logits, axis=-1)
+    if axis is not None:
+        mine = (place >= 0) & (place < share)
+        *sums, chosen = lax.psum((*sums, jnp.where(mine, chosen, jnp.float32(0))), axis)
+    total, weighted = sums
     normaliser = largest[:, 0] + jnp.log(total)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    entropy = normaliser - jnp.sum(weights * logits, axis=-1) / total
-    return (chosen - normaliser, entropy), (hidden, head, targets, temperature, logits, normaliser, entropy)
+    entropy = normaliser - weighted / total
+    return (chosen - normaliser, entropy), (hidden, head, place, temperature, logits, normaliser, entropy)
 
 
-def _backward(saved: tuple, gradients: tuple[Array, Array]) -> tuple[Array, Array, np.ndarray, Array]:
-    hidden, head, targets, temperature, logits, normaliser, entropy = saved
-    d_logp, d_entropy = (g[:, None] for g in gradients)
+def _backward(axis: str | None, saved: tuple, gradients: tuple[Array, Array]) -> tuple[Array, Array, np.ndarray, Array]:
+    hidden, head, place, temperature, logits, normaliser, entropy = saved
+    # Every device has the same results, each with its share of their gradient.
+    d_logp, d_entropy = (g[:, None] for g in (gradients if axis is None else lax.psum(gradients, axis)))
     logp = logits - normaliser[:, None]
-    chosen = targets[:, None] == jnp.arange(logits.shape[1], dtype=targets.dtype)[None]
+    chosen = place[:, None] == jnp.arange(logits.shape[1], dtype=place.dtype)[None]
     d_logits = jnp.where(chosen, d_logp, jnp.float32(0)) - jnp.exp(logp) * (
         d_logp + d_entropy * (logp + entropy[:, None])
     )
     _, product_vjp = jax.vjp(lambda hidden, head: matmul(hidden, head, dtype=jnp.float32), hidden, head)
     d_hidden, d_head = product_vjp(d_logits / temperature)
-    return d_hidden, d_head, np.zeros(targets.shape, jax.dtypes.float0), jnp.zeros_like(temperature)
+    return d_hidden, d_head, np.zeros(place.shape, jax.dtypes.float0), jnp.zeros_like(temperature)
 
 
 _chunk_logprobs.defvjp(_forward, _backward)
