@@ -40,7 +40,7 @@ class Parallel:
         Raises:
           ValueError: the layout takes another number of devices than there are.
         """
-        if layout.devices == 1:
+        if layout.devices == 1 and jax.process_count() == 1:
             return None
         return cls(layout, layout.mesh(devices))
 

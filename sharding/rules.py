@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The batch's axes are those of `sharding.layout.BATCH`. Expert devices share the dense work, so they split it too.
@@ -83,8 +81,3 @@ def sharding_for(axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...
             if size % parts:
                 raise ValueError(f"{name!r} has size {size}, which mesh axis {entry!r} of size {parts} does not divide")
     return sharding
-
-
-def tree_shardings(axes: Any, mesh: Mesh) -> Any:
-    """`sharding_for` over a tree with tuples of logical names at the leaves."""
-    return jax.tree.map(lambda names: sharding_for(names, mesh), axes, is_leaf=lambda node: isinstance(node, tuple))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mindjax.config import ModelConfig, TextConfig, VisionConfig
 from mindjax.models import hf_weights, qwen3_vl
 from mindjax.models.safetensors_io import read_json
-from sharding.rules import tree_shardings
+from sharding.parallel import Parallel
 
 
 def _vision(out: int, *, so400m: bool) -> VisionConfig:
@@ -86,7 +86,7 @@ def load(
     path_or_name: str | os.PathLike[str],
     *,
     dtype: Any,
-    mesh: jax.sharding.Mesh | None = None,
+    parallel: Parallel | None = None,
     layout: hf_weights.Layout | None = None,
 ) -> tuple[ModelConfig, qwen3_vl.Params]:
     """A model folder's config and weights, or a catalog name's with random weights from key 0.
@@ -94,7 +94,7 @@ def load(
     Args:
       path_or_name: a folder with config.json and safetensors, or a name in `CATALOG`. A folder wins over a name.
       dtype: of the parameters.
-      mesh: places the parameters by `sharding.rules`; None puts all on the default device.
+      parallel: the devices to place them on; None puts all on the default device.
       layout: of the experts in a folder's files, where their shapes do not tell; see `hf_weights.load`.
 
     Raises:
@@ -103,7 +103,7 @@ def load(
     path = Path(path_or_name)
     if path.is_dir():
         config = ModelConfig.from_hf(read_json(path / "config.json"))
-        return config, hf_weights.load(path, config, dtype=dtype, mesh=mesh, layout=layout)
+        return config, hf_weights.load(path, config, dtype=dtype, parallel=parallel, layout=layout)
     name = str(path_or_name)
     if name not in CATALOG:
         near = difflib.get_close_matches(name.lower(), CATALOG, 1)
@@ -113,7 +113,7 @@ def load(
             + f" The names are {', '.join(CATALOG)}."
         )
     config = CATALOG[name]
-    # Under jit with a layout, no device ever holds more than its part.
-    layout = None if mesh is None else tree_shardings(qwen3_vl.logical_axes(config), mesh)
-    init = jax.jit(lambda key: qwen3_vl.init(config, key, jnp.dtype(dtype)), out_shardings=layout)
+    # Under jit with shardings, no device ever holds more than its part.
+    placed = None if parallel is None else qwen3_vl.shardings(config, parallel)
+    init = jax.jit(lambda key: qwen3_vl.init(config, key, jnp.dtype(dtype)), out_shardings=placed)
     return config, init(jax.random.key(0))

@@ -19,11 +19,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mindjax.config import ModelConfig
 from mindjax.models import qwen3_vl
 from mindjax.models.safetensors_io import Reader, TensorSpec, copy_cast, read_json, replaced_folder, write, write_json
-from sharding.rules import sharding_for
+from sharding.parallel import Parallel
+from sharding.processes import is_first
 
 # How the experts lie in a file. Published files, and vLLM: gate_up_proj [E, H, 2I], down_proj [E, I, H]. What
 # transformers 5 saves: [E, 2I, H] and [E, H, I].
@@ -111,7 +113,7 @@ def load(
     config: ModelConfig,
     *,
     dtype: Any,
-    mesh: jax.sharding.Mesh | None = None,
+    parallel: Parallel | None = None,
     layout: Layout | None = None,
 ) -> Params:
     """Reads a checkpoint folder into parameters.
@@ -122,7 +124,7 @@ def load(
       folder: `model.safetensors`, or its shards and their index.
       config: of the model; `catalog.load` reads it from the same folder.
       dtype: of the parameters; the file's may be another float type.
-      mesh: places each leaf by `sharding.rules` as it is read; None puts all on the default device.
+      parallel: the devices on which each leaf is placed as it is read; None puts all on the default device.
       layout: of the experts in the file; None tells the layouts apart by shape.
 
     Raises:
@@ -133,7 +135,7 @@ def load(
     entries, shapes = table(config), _flatten(qwen3_vl.abstract_params(config))
     layout = layout or _detect_layout(reader, config)
     _check_keys(reader, config, layout)
-    axes = _flatten(qwen3_vl.logical_axes(config)) if mesh is not None else {}
+    shardings = _flatten(qwen3_vl.shardings(config, parallel)) if parallel else {}
     dtype = jnp.dtype(dtype)
 
     def read(entry: Entry, index: tuple[slice, ...] | None) -> np.ndarray:
@@ -152,11 +154,10 @@ def load(
     leaves: dict[str, jax.Array] = {}
     for entry in entries:
         shape = shapes[entry.path].shape
-        if mesh is None:
+        if parallel is None:
             leaf = jax.device_put(read(entry, None))
         else:
-            sharding = sharding_for(axes[entry.path], mesh, shape)
-            leaf = jax.make_array_from_callback(shape, sharding, partial(read, entry))
+            leaf = jax.make_array_from_callback(shape, shardings[entry.path], partial(read, entry))
         leaves[entry.path] = leaf.block_until_ready()  # so that two leaves are never on their way at once
     return _unflatten(leaves)
 
@@ -186,7 +187,8 @@ def save(
 
     Args:
       folder: new, empty, or one that already holds a Qwen3-VL model or its processor.
-      params: arrays or numpy arrays, sharded ones included, all of this process's devices.
+      params: arrays or numpy arrays, sharded ones included. Where they lie on devices of several processes, all of
+        these call this, and the first one writes.
       dtype: on disk; None keeps that of each parameter.
       layout: of the experts.
       max_shard_bytes: a larger model is split.
@@ -201,6 +203,10 @@ def save(
     refuse_foreign(folder)
     entries, leaves = table(config), _flatten(params)
     _check_leaves(leaves, config)
+    if not is_first():
+        for entry in entries:
+            _to_host(leaves[entry.path])
+        return
     specs: list[TensorSpec] = []
     places: dict[str, tuple[Entry, int | None]] = {}
     for entry in entries:
@@ -359,7 +365,8 @@ def _to_host(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
         return np.asarray(leaf)
     if not leaf.is_fully_addressable:
-        raise ValueError("a parameter lies on devices of other processes; gather it before saving")
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(leaf).addressable_data(0))
     host = np.empty(leaf.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:

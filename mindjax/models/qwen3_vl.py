@@ -20,7 +20,7 @@ from mindjax.models.mlp import MLP, mlp
 from mindjax.models.moe import MoE, RouterStats, moe
 from mindjax.models.parameters import LOGICAL_AXES, Init, map_parameters, pure_dict
 from mindjax.models.rope import text_rope
-from mindjax.models.spread import spread
+from mindjax.models.spread import check_model, parameter_axes, spread
 from mindjax.models.vision import VisionEncoder, VisionFeatures, encode
 from mindjax.ops.logprobs import token_logprobs as head_logprobs
 from mindjax.ops.matmul import matmul, matmul_transposed
@@ -114,6 +114,16 @@ def logical_axes(config: ModelConfig) -> Params:
     """The logical axis names of every parameter, as a tree of tuples."""
     model = nnx.eval_shape(lambda key: Qwen3VL(config, key), jax.random.key(0))
     return map_parameters(model, lambda parameter: parameter.get_metadata()[LOGICAL_AXES])
+
+
+def shardings(config: ModelConfig, parallel: Parallel) -> Params:
+    """Where every parameter lies, as a tree of `NamedSharding`s.
+
+    Raises:
+      ValueError: the model does not divide by the layout.
+    """
+    check_model(config, parallel.layout)
+    return parallel.shardings(parameter_axes(logical_axes(config), config, parallel))
 
 
 def encode_vision(

@@ -12,17 +12,22 @@ import jax
 from mindjax.config import ModelConfig
 from mindjax.data.loader import Loader, RenderedSamples, digest, fingerprint
 from mindjax.data.packing import BatchShape, Plan, pack, plan, size_of
+from mindjax.data.placing import placement, shards_of_process
 from mindjax.data.render import Rendered
 from mindjax.data.samples import DataConfig
 from mindjax.experiment import to_dataclass
 from mindjax.losses.sft import sft_loss
 from mindjax.models import qwen3_vl
+from mindjax.models.spread import check_batch
 from mindjax.train.folder import export, open_model
 from mindjax.train.loop import TrainResult, fit
 from mindjax.train.optimizer import OptimizerConfig
+from mindjax.train.spikes import SpikeConfig
 from mindjax.train.state import TrainState
 from mindjax.train.step import Terms, eval_step, router_term, train_step
 from mindjax.types import Batch, LossOutput
+from sharding.layout import Layout
+from sharding.parallel import Parallel
 from sharding.remat import Remat
 
 if TYPE_CHECKING:
@@ -40,16 +45,20 @@ class SFTConfig:
       rows, length: of a packed micro-batch; length 0 is the bucket of the longest sample. Stages with the same
         shape share a compiled step.
       vision_rows, vision_length: patch rows of a micro-batch; 0 chooses them from the data.
-      micro_batches: accumulated into one update, exactly.
+      micro_batches: accumulated into one update, exactly; over all devices, which take as many of them at once as the
+        layout splits the batch in.
       average: see `sft_loss`.
       optimizer: see `OptimizerConfig`.
       remat: what a block keeps for its backward pass, see `sharding.remat`.
+      layout: how the job is spread over devices; changes nothing but rounding.
       dtype: of the computation; parameters and optimizer stay float32.
       seed: of the order of the data.
       drop_too_long: leave out samples that fit no row (reported), instead of refusing them.
       checkpoint_every: steps; 0 saves at the end alone.
       keep_checkpoints: how many stay.
       evaluate_every: steps between held-out losses; 0 computes one at the end alone.
+      spikes: what becomes of steps whose loss or gradient is not finite, or far above what it was.
+      check_replicas_every: steps between comparisons of the parameters on devices that should hold the same; 0: none.
     """
 
     epochs: int | None = None
@@ -62,16 +71,19 @@ class SFTConfig:
     average: Literal["token", "sample"] = "token"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     remat: Remat = "none"
+    layout: Layout = field(default_factory=Layout)
     dtype: str = "float32"
     seed: int = 0
     drop_too_long: bool = False
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     evaluate_every: int = 0
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    check_replicas_every: int = 0
 
 
 # What may change when a run is resumed; all else is part of its identity.
-FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "remat")
+FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "remat", "layout", "spikes", "check_replicas_every")
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,10 @@ class SFTLoss:
     model: ModelConfig
     average: Literal["token", "sample"]
     remat: Remat
+    parallel: Parallel | None = None
 
     def __call__(self, params: Params, batch: Batch) -> Terms:
-        out = qwen3_vl.token_logprobs(params, self.model, batch, remat=self.remat)
+        out = qwen3_vl.token_logprobs(params, self.model, batch, remat=self.remat, parallel=self.parallel)
         loss = sft_loss(out.logp, batch.loss_mask, segment_ids=batch.segment_ids, average=self.average)
         targets = batch.loss_mask.sum()
         metrics = {
@@ -140,10 +153,13 @@ def train(
     """
     workdir = Path(workdir)
     shape = shape or choose_shape(config, model, [*samples, *held_out])
-    loader = _loader(config, samples, shape, difficulty, repeats)
+    parallel, shards = Parallel.of(config.layout), config.layout.batch_shards
+    check_batch(config.layout, shape.rows * shards, shape.length)
+    shardings = None if parallel is None else qwen3_vl.shardings(model, parallel)
+    loader = _loader(config, samples, shape, difficulty, repeats, parallel)
     if loader.dropped:
         print(f"{name}: left out {len(loader.dropped)} of {len(samples)} samples that fit no row of {shape}")
-    loss = SFTLoss(model, config.average, config.remat)
+    loss = SFTLoss(model, config.average, config.remat, parallel)
     step = train_step(loss, config.optimizer, config.dtype)
     identity = {
         "sft": {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE},
@@ -153,7 +169,7 @@ def train(
     }
     return fit(
         step,
-        TrainState.create(params, config.optimizer, jax.random.key(config.seed)),
+        TrainState.create(params, config.optimizer, jax.random.key(config.seed), shardings),
         loader,
         name=name,
         optimizer=config.optimizer,
@@ -161,8 +177,11 @@ def train(
         identity=identity,
         checkpoint_every=config.checkpoint_every,
         keep=config.keep_checkpoints,
+        place=placement(parallel, shape),
         evaluate=_held_out(config, loss, held_out, shape) if held_out else None,
         evaluate_every=config.evaluate_every,
+        spikes=config.spikes,
+        check_replicas_every=config.check_replicas_every,
     )
 
 
@@ -172,6 +191,7 @@ def _loader(
     shape: BatchShape,
     difficulty: Sequence[float] | None,
     repeats: Sequence[float] | None,
+    parallel: Parallel | None,
 ) -> Loader:
     sizes = [size_of(rendered) for rendered in samples]
 
@@ -193,6 +213,8 @@ def _loader(
         micro_batches=config.micro_batches,
         epochs=config.epochs,
         steps=config.steps,
+        shards=config.layout.batch_shards,
+        mine=None if parallel is None else shards_of_process(parallel.mesh),
     )
 
 
@@ -200,11 +222,12 @@ def _held_out(
     config: SFTConfig, loss: SFTLoss, samples: Sequence[Rendered], shape: BatchShape
 ) -> Callable[[Params], dict[str, float]]:
     """A function that measures the mean loss on held-out samples."""
-    loader = _loader(replace(config, epochs=1, steps=None, micro_batches=1), samples, shape, None, None)
-    step = eval_step(loss, config.dtype)
+    one_epoch = replace(config, epochs=1, steps=None, micro_batches=config.layout.batch_shards)
+    loader = _loader(one_epoch, samples, shape, None, None, loss.parallel)
+    step, place = eval_step(loss, config.dtype), placement(loss.parallel, shape)
 
     def evaluate(params: Params) -> dict[str, float]:
-        pairs = [step(params, batch)["nll"] for batch, _ in loader.iterate()]
+        pairs = [step(params, place(parts))["nll"] for parts, _ in loader.iterate()]
         total, count = (sum(map(float, values)) for values in zip(*pairs, strict=True))
         return {"held_out_nll": total / max(count, 1.0)}
 
