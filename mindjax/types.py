@@ -6,11 +6,12 @@ P patch pixels (channels x temporal x height x width), V vocabulary, H hidden si
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -53,6 +54,14 @@ class Batch:
     loss_mask: Array
     vision_index: Array
     vision: VisionInputs | None = None
+
+    def shifted(self, shard: int, merge_size: int) -> Batch:
+        """As shard number `shard` of a larger batch whose shards have equal shapes; `vision_index` counts over all."""
+        if self.vision is None or not shard:
+            return self
+        rows, length = self.vision.patches.shape[-3:-1]
+        offset = shard * (rows * length // merge_size**2)
+        return replace(self, vision_index=np.where(self.vision_index >= 0, self.vision_index + offset, -1))
 
 
 @jax.tree_util.register_dataclass

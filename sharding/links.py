@@ -58,6 +58,10 @@ class Links:
             return x
         return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
+    def largest(self, x: Array, axis: str) -> Array:
+        """The largest over the devices along a mesh axis, on each of them."""
+        return lax.pmax(x, axis) if getattr(self.layout, axis) > 1 else x
+
     def part(self, x: Array, axis: str, dim: int) -> Array:
         """This device's part along a dimension of what all devices on a mesh axis hold."""
         count = getattr(self.layout, axis)

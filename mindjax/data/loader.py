@@ -63,18 +63,23 @@ class RenderedSamples(Sequence[Rendered]):
 class Loader:
     """Steps of micro-batches from a packing plan; `iterate(start)` continues at any step exactly.
 
-    The groups of successive epochs form one stream. A step takes the next `micro_batches` of them; with several
-    processes each takes its own equal share of these, so the groups of a step do not depend on how many processes
-    there are. A process that needs no more groups gets empty ones, whose counts are zero.
+    The groups of successive epochs form one stream, and a step takes the next `micro_batches` of them, whatever the
+    layout. `shards` groups side by side make one micro-batch over all devices: group `m * shards + s` of a step is
+    shard `s` of micro-batch `m`. A process assembles the shards whose devices it has, so that what a step sees does not
+    depend on how many processes there are. Past the end of the data there are empty groups, whose counts are zero.
 
     Args:
       plan: gives the plan of an epoch.
       assemble: makes the arrays of a group from the sample indices in its rows; called in a thread.
       sizes: of the samples.
-      micro_batches: groups in a step, over all processes.
+      micro_batches: groups in a step, over all devices and processes.
       epochs, steps: how long; give exactly one.
-      process_index, process_count: of this process, and of all.
+      shards: groups that lie side by side, the batch shards of a layout.
+      mine: the shards that this process assembles, see `mindjax.data.placing.shards_of_process`; None is all.
       prefetch: steps made ahead, in that many threads at most 4; 0 makes them on demand.
+
+    Raises:
+      ValueError: neither or both of `epochs` and `steps`, no sample left, or groups that cannot lie side by side.
     """
 
     def __init__(
@@ -86,16 +91,23 @@ class Loader:
         micro_batches: int = 1,
         epochs: int | None = None,
         steps: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
-        prefetch: int = 2,
+        shards: int = 1,
+        mine: Sequence[int] | None = None,
+        prefetch: int = 8,
     ):
         if (epochs is None) == (steps is None):
             raise ValueError(f"give epochs or steps, not {'neither' if epochs is None else 'both'}")
-        if micro_batches < 1 or micro_batches % process_count:
-            raise ValueError(f"{micro_batches} micro-batches cannot be shared by {process_count} processes evenly")
+        if micro_batches < 1 or shards < 1 or micro_batches % shards:
+            raise ValueError(
+                f"micro_batches is {micro_batches}, and the layout lays {shards} of them side by side (data x fsdp x "
+                f"expert devices): make micro_batches a multiple of {shards}, with fewer rows each for the same "
+                "update, or split the batch over fewer devices"
+            )
+        if mine is not None and not set(mine) <= set(range(shards)):
+            raise ValueError(f"shards {sorted(mine)} of {shards} do not exist; they count from 0")
         self._assemble, self._sizes = assemble, sizes
-        self._micro, self._index, self._count = micro_batches, process_index, process_count
+        self._micro, self._shards = micro_batches, shards
+        self._mine = range(shards) if mine is None else sorted(set(mine))
         self._prefetch = prefetch
         self._groups: list[Rows] = []
         self.dropped: tuple[int, ...] = ()
@@ -116,17 +128,23 @@ class Loader:
         """Steps of the whole run."""
         return len(self._groups) // self._micro
 
-    def indices(self, step: int) -> list[int]:
-        """The samples that this process sees in a step, in the order of the batch."""
-        return [i for group in self._share(step) for row in group for i in row]
+    def indices(self, step: int, shard: int | None = None) -> list[int]:
+        """The samples of a shard of a step, or of all that this process sees, in the order of their batches."""
+        shards = self._mine if shard is None else [shard]
+        return [i for shard in shards for group in self._share(step, shard) for row in group for i in row]
 
-    def __getitem__(self, step: int) -> tuple[Any, int]:
-        """(arrays with a leading axis of this process's micro-batches, tokens in them that are not padding)."""
-        batches = [self._assemble(group) for group in self._share(step)]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-        return stacked, sum(self._sizes[i].tokens for i in self.indices(step))
+    def __getitem__(self, step: int) -> tuple[dict[int, Any], int]:
+        """({shard: arrays with a leading axis of its `micro_batches // shards` groups}, tokens of the whole step).
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[Any, int]]:
+        The tokens are those that are not padding, over all shards and processes.
+        """
+        parts = {}
+        for shard in self._mine:
+            batches = [self._assemble(group) for group in self._share(step, shard)]
+            parts[shard] = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+        return parts, sum(self._sizes[i].tokens for group in self._step(step) for row in group for i in row)
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[dict[int, Any], int]]:
         """The steps from `start` on, prepared ahead in threads."""
         # Imported here: it takes a second, and `import mindjax` must not.
         import grain
@@ -135,12 +153,13 @@ class Loader:
         options = grain.ReadOptions(num_threads=min(4, self._prefetch), prefetch_buffer_size=self._prefetch)
         return iter(steps.to_iter_dataset(options))
 
-    def _share(self, step: int) -> Sequence[Rows]:
+    def _step(self, step: int) -> Sequence[Rows]:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
-        share = self._micro // self._count
-        first = step * self._micro + self._index * share
-        return self._groups[first : first + share]
+        return self._groups[step * self._micro : (step + 1) * self._micro]
+
+    def _share(self, step: int, shard: int) -> Sequence[Rows]:
+        return self._step(step)[shard :: self._shards]
 
 
 class _Steps:
@@ -152,7 +171,7 @@ class _Steps:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __getitem__(self, step: int) -> tuple[Any, int]:
+    def __getitem__(self, step: int) -> tuple[dict[int, Any], int]:
         return self._loader[int(step)]
 
 

@@ -10,22 +10,28 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mindjax.config import ModelConfig
 from mindjax.data.loader import Loader, Rows, fingerprint
 from mindjax.data.packing import BatchShape, Plan, SampleSize, pack, plan, size_of
+from mindjax.data.placing import placement, shards_of_process
 from mindjax.data.processor import Processor
 from mindjax.data.render import Rendered, render
 from mindjax.data.samples import DataConfig
 from mindjax.experiment import to_dataclass
 from mindjax.losses.dpo import dpo_loss
 from mindjax.models import qwen3_vl
+from mindjax.models.spread import check_batch
 from mindjax.train.folder import export, open_model
 from mindjax.train.loop import TrainResult, fit
 from mindjax.train.optimizer import OptimizerConfig
+from mindjax.train.spikes import SpikeConfig
 from mindjax.train.state import TrainState
 from mindjax.train.step import Terms, router_term, train_step
 from mindjax.types import Array, Batch, Sample
+from sharding.layout import Layout
+from sharding.parallel import Parallel
 from sharding.remat import Remat
 
 if TYPE_CHECKING:
@@ -41,8 +47,9 @@ class DPOConfig:
     Attributes:
       beta: how sharply a difference of log-probabilities counts.
       reference: whether log-ratios to the starting parameters take the place of log-probabilities.
-      epochs, steps, rows, length, micro_batches, optimizer, remat, dtype, seed, drop_too_long, checkpoint_every,
-        keep_checkpoints: as in SFT; a pair lies in one row, so `length` holds at least two conversations.
+      epochs, steps, rows, length, micro_batches, optimizer, remat, layout, dtype, seed, drop_too_long,
+        checkpoint_every, keep_checkpoints, spikes, check_replicas_every: as in SFT; a pair lies in one row, so `length`
+        holds at least two conversations.
     """
 
     beta: float = 0.1
@@ -54,15 +61,18 @@ class DPOConfig:
     micro_batches: int = 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     remat: Remat = "none"
+    layout: Layout = field(default_factory=Layout)
     dtype: str = "float32"
     seed: int = 0
     drop_too_long: bool = False
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    check_replicas_every: int = 0
 
 
 # What may change when a run is resumed; all else is part of its identity.
-FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "remat")
+FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "remat", "layout", "spikes", "check_replicas_every")
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,14 @@ class PairBatch:
     valid: Array
     reference: Array | None
 
+    def shifted(self, shard: int, merge_size: int) -> PairBatch:
+        """As shard number `shard` of a larger batch whose shards have equal shapes; pairs are numbered over all."""
+        if not shard:
+            return self
+        offset = shard * 2 * self.valid.shape[-1]
+        ids: Any = np.where(self.reply_ids > 0, self.reply_ids + offset, 0)
+        return replace(self, batch=self.batch.shifted(shard, merge_size), reply_ids=ids)
+
 
 @dataclass(frozen=True)
 class DPOLoss:
@@ -98,9 +116,10 @@ class DPOLoss:
     model: ModelConfig
     beta: float
     remat: Remat
+    parallel: Parallel | None = None
 
     def __call__(self, params: Params, pairs: PairBatch) -> Terms:
-        out = qwen3_vl.token_logprobs(params, self.model, pairs.batch, remat=self.remat)
+        out = qwen3_vl.token_logprobs(params, self.model, pairs.batch, remat=self.remat, parallel=self.parallel)
         logp = reply_logprobs(out.logp, pairs)
         reference = pairs.reference
         loss = dpo_loss(
@@ -201,10 +220,15 @@ def train(
     workdir = Path(workdir)
     sizes = [_size(pair) for pair in pairs]
     shape = shape or BatchShape.for_sizes(sizes, config.rows, model.vision, length=config.length)
-    loss = DPOLoss(model, config.beta, config.remat)
+    parallel = Parallel.of(config.layout)
+    check_batch(config.layout, shape.rows * config.layout.batch_shards, shape.length)
+    shardings = None if parallel is None else qwen3_vl.shardings(model, parallel)
+    loss = DPOLoss(model, config.beta, config.remat, parallel)
     step = train_step(loss, config.optimizer, config.dtype)
-    reference = _reference(config, model, params, pairs, sizes, shape) if config.reference else None
-    loader = _loader(config, pairs, sizes, shape, reference)
+    if shardings is not None:
+        params = jax.device_put(params, shardings)
+    reference = _reference(config, model, params, pairs, sizes, shape, parallel) if config.reference else None
+    loader = _loader(config, pairs, sizes, shape, reference, parallel)
     if loader.dropped:
         print(f"{name}: left out {len(loader.dropped)} of {len(pairs)} pairs that fit no row of {shape}")
     identity = {
@@ -215,7 +239,7 @@ def train(
     }
     return fit(
         step,
-        TrainState.create(params, config.optimizer, jax.random.key(config.seed)),
+        TrainState.create(params, config.optimizer, jax.random.key(config.seed), shardings),
         loader,
         name=name,
         optimizer=config.optimizer,
@@ -223,6 +247,9 @@ def train(
         identity=identity,
         checkpoint_every=config.checkpoint_every,
         keep=config.keep_checkpoints,
+        place=placement(parallel, shape),
+        spikes=config.spikes,
+        check_replicas_every=config.check_replicas_every,
     )
 
 
@@ -232,6 +259,7 @@ def _loader(
     sizes: Sequence[SampleSize],
     shape: BatchShape,
     reference: np.ndarray | None,
+    parallel: Parallel | None,
 ) -> Loader:
     def plan_epoch(epoch: int) -> Plan:
         return plan(sizes, shape, seed=config.seed, epoch=epoch, drop_too_long=config.drop_too_long)
@@ -243,6 +271,8 @@ def _loader(
         micro_batches=config.micro_batches,
         epochs=config.epochs,
         steps=config.steps,
+        shards=config.layout.batch_shards,
+        mine=None if parallel is None else shards_of_process(parallel.mesh),
     )
 
 
@@ -253,20 +283,25 @@ def _reference(
     pairs: Sequence[Pair],
     sizes: Sequence[SampleSize],
     shape: BatchShape,
+    parallel: Parallel | None,
 ) -> np.ndarray:
     """[pairs, 2] log-probabilities under the starting parameters."""
-    loader = _loader(replace(config, epochs=1, steps=None, micro_batches=1), pairs, sizes, shape, None)
+    shards = config.layout.batch_shards
+    one_epoch = replace(config, epochs=1, steps=None, micro_batches=shards)
+    loader, place = _loader(one_epoch, pairs, sizes, shape, None, parallel), placement(parallel, shape)
     params = jax.tree.map(lambda p: p.astype(config.dtype), params)
     result = np.zeros((len(pairs), 2), np.float32)
 
-    @jax.jit
     def logprobs(params: Params, batch: PairBatch) -> Array:
-        return reply_logprobs(qwen3_vl.token_logprobs(params, model, batch.batch).logp, batch)
+        return reply_logprobs(qwen3_vl.token_logprobs(params, model, batch.batch, parallel=parallel).logp, batch)
 
-    for step, (stacked, _) in enumerate(loader.iterate()):
-        indices = loader.indices(step)
-        values = logprobs(params, jax.tree.map(lambda x: x[0], stacked))
-        result[indices] = np.asarray(values)[: len(indices)]
+    whole = None if parallel is None else NamedSharding(parallel.mesh, PartitionSpec())
+    compiled = jax.jit(logprobs, out_shardings=whole)  # every process needs all of them
+    for step, (parts, _) in enumerate(loader.iterate()):
+        values = np.asarray(compiled(params, jax.tree.map(lambda x: x[0], place(parts))))
+        for shard, of_shard in enumerate(values.reshape(shards, -1, 2)):
+            indices = loader.indices(step, shard)
+            result[indices] = of_shard[: len(indices)]
     return result
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_cuda import jax_fused
-from mindjax.config import TextConfig
 from mindjax.ops.attention import MASKED
 from mindjax.ops.bits import from_bits, to_bits
 from mindjax.ops.dispatch import on_cpu
@@ -62,10 +61,11 @@ class Generated:
     samples: int = field(metadata={"static": True})
 
     @classmethod
-    def empty(cls, config: TextConfig, prompts: int, samples: int, capacity: int, dtype: jnp.dtype) -> Generated:
+    def empty(cls, prefix: Prefix, samples: int, capacity: int) -> Generated:
+        """For so many samples of each prompt."""
+        layers, prompts, heads, _, width = prefix.k.shape
         rows = prompts * samples
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
-        zeros = to_bits(jnp.zeros(shape, dtype))
+        zeros = to_bits(jnp.zeros((layers, rows, heads, capacity, width), prefix.k.dtype))
         return cls(zeros, zeros, jnp.arange(rows, dtype=jnp.int32), samples)
 
     def append(self, layer: Array, step: Array, k: Array, v: Array) -> Generated:

@@ -6,20 +6,25 @@ that a row of it has one number, `batch * M + place`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mindjax.config import ModelConfig
 from mindjax.data.packing import BatchShape, pack
+from mindjax.models import qwen3_vl
 from mindjax.models.qwen3_vl import Params, encode_vision
 from mindjax.models.vision import VisionFeatures
 from mindjax.types import Batch, VisionInputs
+from sharding.mesh import AXES
+from sharding.parallel import Parallel
+from sharding.rules import partition_spec
 
 if TYPE_CHECKING:
     from mindjax.data.render import Rendered
@@ -40,12 +45,16 @@ def table_size(prompts: int, shape: BatchShape) -> int:
     return -(-prompts // shape.rows) * (shape.vision_rows * shape.vision_length // shape.merge_size**2)
 
 
-def encode_pictures(params: Params, config: ModelConfig, batches: Iterable[Batch]) -> VisionFeatures | None:
+def encode_pictures(
+    params: Params, config: ModelConfig, batches: Iterable[Batch], parallel: Parallel | None = None
+) -> VisionFeatures | None:
     """The table of all their pictures, tokens [batches x M, H], in the dtype of the parameters.
 
-    None where the shape of the batches has no place for pictures.
+    None where the shape of the batches has no place for pictures. With several devices each encodes some of them, and
+    the table is whole on all.
     """
-    encoded = [_encode(params, batch.vision, config=config) for batch in batches if batch.vision is not None]
+    encode = partial(_encode, config=config) if parallel is None else _spread_encode(config, parallel)
+    encoded = [encode(params, batch.vision) for batch in batches if batch.vision is not None]
     if len(encoded) <= 1:
         return encoded[0] if encoded else None
     return VisionFeatures(
@@ -57,6 +66,29 @@ def encode_pictures(params: Params, config: ModelConfig, batches: Iterable[Batch
 @partial(jax.jit, static_argnames="config")
 def _encode(params: Params, vision: VisionInputs, *, config: ModelConfig) -> VisionFeatures:
     return encode_vision(params, config, vision)
+
+
+@lru_cache(maxsize=8)
+def _spread_encode(config: ModelConfig, parallel: Parallel) -> Callable[[Params, VisionInputs], VisionFeatures]:
+    devices, merge = parallel.layout.devices, config.vision.merge_unit
+    axes = qwen3_vl.logical_axes(config)["vision"]
+
+    def local(params: Params, vision: VisionInputs) -> VisionFeatures:
+        features = encode_vision({"vision": params}, config, vision, links=parallel.links, axes={"vision": axes})
+        return VisionFeatures(
+            parallel.links.gather(features.tokens, AXES, 0), parallel.links.gather(features.deepstack, AXES, 1)
+        )
+
+    def encode(params: Params, vision: VisionInputs) -> VisionFeatures:
+        rows, length = vision.segment_ids.shape
+        padded = jax.tree.map(lambda x: jnp.pad(x, [(0, -rows % devices)] + [(0, 0)] * (x.ndim - 1)), vision)
+        specs = jax.tree.map(partition_spec, axes, is_leaf=lambda node: isinstance(node, tuple))
+        run = parallel.spmd(local, in_specs=(specs, PartitionSpec(AXES)), out_specs=PartitionSpec())
+        features = run(params["vision"], padded)
+        count = rows * length // merge
+        return VisionFeatures(features.tokens[:count], features.deepstack[:, :count])
+
+    return jax.jit(encode)
 
 
 def table_rows(batches: Iterable[Batch], shape: BatchShape) -> list[np.ndarray]:

@@ -6,26 +6,31 @@ bucket of max_new_tokens).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mindjax.config import ModelConfig
 from mindjax.data.packing import BatchShape, SampleSize, bucket, size_of
 from mindjax.inference.cache import Generated, Prefix, decode_attention
 from mindjax.inference.pictures import encode_pictures, offset_index, prompt_batches, table_size
 from mindjax.inference.redundancy import Cycles
-from mindjax.models.qwen3_vl import Params, decoder_layer, forward, logits
+from mindjax.models.qwen3_vl import Params, decoder_layer, embed, forward, logical_axes, logits
 from mindjax.models.rope import text_rope
+from mindjax.models.spread import cut_params, parameter_axes, whole_gate_up
 from mindjax.models.vision import VisionFeatures
 from mindjax.ops.norm import rms_norm
 from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, Completion
+from sharding.layout import BATCH
+from sharding.links import ONE_DEVICE, Links
+from sharding.parallel import Parallel
 
 if TYPE_CHECKING:
     from mindjax.data.render import Rendered
@@ -206,6 +211,7 @@ def generate(
     shape: BatchShape | None = None,
     max_rows: int = 64,
     vision_features: VisionFeatures | None = None,
+    parallel: Parallel | None = None,
 ) -> list[list[Completion]]:
     """Draws `num_samples` answers to each prompt.
 
@@ -229,6 +235,8 @@ def generate(
         in several batches of the same shape.
       vision_features: `encode_pictures(params, config, prompt_batches(prompts, shape))` of the same parameters, where
         the caller has it; the answers are the same as without.
+      parallel: devices that share the work, over `data`, `expert` and `tensor`; the parameters lie there
+        (`qwen3_vl.shardings`). None is one device.
 
     Returns:
       For each prompt its completions.
@@ -260,6 +268,7 @@ def generate(
         if vision_features is not None:
             raise ValueError("vision_features need the shape that they were encoded in")
         rows = bucket(min(len(prompts), max(1, max_rows // samples)), 1)
+        rows = rows_for(rows, parallel)
         shape = prompt_shape([size_of(prompt) for prompt in prompts], rows, config)
     capacity = bucket(sampling.max_new_tokens, 16)
     longest_cycle = bucket(sampling.repeat_window, 8) if sampling.repeat_window else 0
@@ -280,14 +289,18 @@ def generate(
         positions[: len(chunk)] = [prompt.next_position for prompt in chunk]
         features = vision_features
         if features is None:
-            features = encode_pictures(params, config, [batch])
+            features = encode_pictures(params, config, [batch], parallel)
         else:
             batch = offset_index(batch, table_size(start, shape))
-        prefix, hidden = _prefill(params, replace(batch, vision=None), features, config=config)
-        result = _decode(
-            params, prefix, hidden, positions, chunk_keys, chunk_limits, controls,
-            config=config, capacity=capacity, longest_cycle=longest_cycle, impl=str(jax.random.key_impl(keys)),
-        )  # fmt: skip
+        settings = {"capacity": capacity, "longest_cycle": longest_cycle, "impl": str(jax.random.key_impl(keys))}
+        if parallel is None:
+            prefix, hidden = _prefill(params, replace(batch, vision=None), features, config=config)
+            result = _decode(
+                params, prefix, hidden, positions, chunk_keys, chunk_limits, controls, config=config, **settings
+            )
+        else:
+            run = _spread(config, parallel, **settings)
+            result = run(params, replace(batch, vision=None), features, positions, chunk_keys, chunk_limits, controls)
         answers = jax.device_get(result)
         for p in range(len(chunk)):
             completions.append([
@@ -301,19 +314,70 @@ def generate(
     return completions
 
 
-@partial(jax.jit, static_argnames="config")
-def _prefill(
-    params: Params, batch: Batch, vision_features: VisionFeatures | None, *, config: ModelConfig
+def rows_for(rows: int, parallel: Parallel | None) -> int:
+    """The least number of prompts of a batch, not below `rows`, that the devices share evenly."""
+    shards = 1 if parallel is None else parallel.layout.batch_shards
+    return -(-rows // shards) * shards
+
+
+@lru_cache(maxsize=8)
+def _spread(
+    config: ModelConfig, parallel: Parallel, *, capacity: int, longest_cycle: int, impl: str
+) -> Callable[..., _Answers]:
+    """`_prefill` and `_decode` on many devices, each with its prompts and its part of the model.
+
+    Raises:
+      ValueError: the layout splits what sampling does not.
+    """
+    layout = parallel.layout
+    if layout.fsdp * layout.stage * layout.sequence > 1:
+        raise ValueError(f"layout {layout}: sampling is spread over data, expert and tensor; set the others to 1")
+    links = replace(parallel.links, split_tokens=False)  # a new token a row cannot be split
+
+    def local(
+        params: Params,
+        batch: Batch,
+        features: VisionFeatures | None,
+        positions: Array,
+        key_data: Array,
+        limits: Array,
+        controls: _Controls,
+    ) -> _Answers:
+        prefix, hidden = prefill(params, batch, features, config=config, links=links)
+        return decode(
+            params, prefix, hidden, positions, key_data, limits, controls,
+            config=config, capacity=capacity, longest_cycle=longest_cycle, impl=impl, links=links,
+        )  # fmt: skip
+
+    def run(params: Params, *inputs: Any) -> _Answers:
+        rows, whole = PartitionSpec(BATCH), PartitionSpec()
+        params, specs = cut_params(params, parameter_axes(logical_axes(config), config, parallel), config, parallel)
+        call = parallel.spmd(
+            lambda params, *rest: local(whole_gate_up(params, layout), *rest),
+            in_specs=(specs, rows, whole, rows, rows, rows, whole),
+            out_specs=rows,
+        )
+        return jax.lax.with_sharding_constraint(call(params, *inputs), NamedSharding(parallel.mesh, whole))
+
+    return jax.jit(run)
+
+
+def prefill(
+    params: Params,
+    batch: Batch,
+    vision_features: VisionFeatures | None,
+    *,
+    config: ModelConfig,
+    links: Links = ONE_DEVICE,
 ) -> tuple[Prefix, Array]:
     """The prompts' cache, and the hidden state [P, H] that predicts the first new token."""
-    output = forward(params, config, batch, vision_features=vision_features, keep_kv=True)
+    output = forward(params, config, batch, vision_features=vision_features, keep_kv=True, links=links)
     last = jnp.maximum(jnp.sum(batch.segment_ids != 0, axis=1, dtype=jnp.int32) - 1, 0)
     hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0]
     return Prefix.from_prefill(output.state, batch.segment_ids), hidden
 
 
-@partial(jax.jit, static_argnames=("config", "capacity", "longest_cycle", "impl"))
-def _decode(
+def decode(
     params: Params,
     prefix: Prefix,
     hidden: Array,
@@ -326,6 +390,7 @@ def _decode(
     capacity: int,
     longest_cycle: int,
     impl: str,
+    links: Links = ONE_DEVICE,
 ) -> _Answers:
     """Samples until every row is done, and leaves rows behind that are.
 
@@ -335,6 +400,7 @@ def _decode(
       key_data: [P, N, ...] of the rows.
       limits: [P, N] int32, the most tokens of an answer.
       longest_cycle: what `controls.repeats` may ask for at most; 0 compiles no detection.
+      links: to the other devices; rows, heads and capacity are then this device's.
 
     Returns:
       of all P x N rows.
@@ -384,8 +450,9 @@ def _decode(
             prefix,
             state.generated,
             index,
+            links,
         )
-        return draw(replace(state, generated=generated), logits(params, hidden))
+        return draw(replace(state, generated=generated), logits(params, hidden, links))
 
     empty = _State(
         step=jnp.int32(0),
@@ -397,15 +464,15 @@ def _decode(
             lengths=jnp.zeros(rows, jnp.int32),
             reasons=jnp.zeros(rows, jnp.int32),
         ),
-        generated=Generated.empty(config.text, prompts, samples, capacity, prefix.k.dtype),
+        generated=Generated.empty(prefix, samples, capacity),
         cycles=Cycles.empty(rows, longest_cycle) if longest_cycle else None,
     )
     # The samples of a prompt draw their first token from the same scores.
-    state = draw(empty, jnp.repeat(logits(params, hidden), samples, axis=0))
+    state = draw(empty, jnp.repeat(logits(params, hidden, links), samples, axis=0))
     answers, left = state.answers, rows
     while left:
         fewer = left // 2 if left // 2 >= LEAST_ROWS else 0
-        state = jax.lax.while_loop(partial(_more_than, fewer), advance, state)
+        state = jax.lax.while_loop(partial(_more_than, fewer, links), advance, state)
         answers = _written(answers, state) if left < rows else state.answers
         state, left = state.keep(fewer) if fewer else state, fewer
     return answers
@@ -417,9 +484,14 @@ def _written(answers: _Answers, state: _State) -> _Answers:
     return jax.tree.map(lambda old, new: old.at[row].set(new), answers, state.answers)
 
 
-def _more_than(rows: int, state: _State) -> Array:
-    """Whether more than so many rows are not done."""
-    return jnp.sum(~state.done, dtype=jnp.int32) > rows
+_prefill = jax.jit(prefill, static_argnames=("config", "links"))
+_decode = jax.jit(decode, static_argnames=("config", "capacity", "longest_cycle", "impl", "links"))
+
+
+def _more_than(rows: int, links: Links, state: _State) -> Array:
+    """Whether more than so many rows are not done; devices that share experts go on together."""
+    left = jnp.sum(~state.done, dtype=jnp.int32)
+    return links.largest(left, "expert") > rows
 
 
 def _decode_step(
@@ -431,6 +503,7 @@ def _decode_step(
     prefix: Prefix,
     generated: Generated,
     index: Array,
+    links: Links,
 ) -> tuple[Array, Generated]:
     """One token per row through all layers, the same layers that train; the cache travels as the scan's carry.
 
@@ -441,7 +514,7 @@ def _decode_step(
     Returns:
       hidden [R, H] after the final norm, and the cache with these tokens.
     """
-    x = params["text"]["embed"][tokens][:, None]
+    x = embed(params["text"]["embed"], tokens[:, None], links)
     rope = text_rope(jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3)), config.text)
     segments = (~done).astype(jnp.int32)[:, None]  # finished rows are padding: no expert sees them
 
@@ -452,7 +525,7 @@ def _decode_step(
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Generated]:
             return decode_attention(q, k, v, prefix, cache, number, index)
 
-        x, _, cache = decoder_layer(p, x, rope, segments, config.text, attend)
+        x, _, cache = decoder_layer(p, x, rope, segments, config.text, attend, links)
         return (x, cache), None
 
     numbers = jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32)

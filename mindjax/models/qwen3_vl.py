@@ -168,7 +168,7 @@ def forward(
     text, text_axes = params["text"], (axes or {"text": {"layers": None, "embed": None}})["text"]
     if vision_features is None and batch.vision is not None:
         vision_features = _whole_features(params, config, batch, remat, links, axes)
-    x = _embed(links.weights(text["embed"], text_axes["embed"]), batch.tokens, links)
+    x = embed(links.weights(text["embed"], text_axes["embed"]), batch.tokens, links)
     deepstack, places = None, None
     if vision_features is not None:
         index = links.own_tokens(batch.vision_index)
@@ -247,7 +247,7 @@ def _whole_features(
     return VisionFeatures(links.gather(features.tokens, over, 0), links.gather(features.deepstack, over, 1))
 
 
-def _embed(table: jax.Array, tokens: jax.Array, links: Links) -> jax.Array:
+def embed(table: jax.Array, tokens: jax.Array, links: Links) -> jax.Array:
     """[B, T / sequence] int32 to the embeddings [B, t, H] of this device's tokens; `table` is its share of the rows."""
     if links.layout.tensor == 1:
         return table[tokens]
@@ -283,12 +283,14 @@ def head(params: Params) -> jax.Array:
     return text["head"] if "head" in text else text["embed"].T
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., H] to float32 [..., V]."""
+def logits(params: Params, hidden: jax.Array, links: Links = ONE_DEVICE) -> jax.Array:
+    """[..., H] to float32 [..., V], the vocabulary of all devices."""
     text = params["text"]
     if "head" in text:
-        return matmul(hidden, text["head"], dtype=jnp.float32)
-    return matmul_transposed(hidden, text["embed"], dtype=jnp.float32)
+        scores = matmul(hidden, text["head"], dtype=jnp.float32)
+    else:
+        scores = matmul_transposed(hidden, text["embed"], dtype=jnp.float32)
+    return links.gather(scores, ("tensor",), scores.ndim - 1)
 
 
 def token_logprobs(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from mindjax.config import ModelConfig
 from mindjax.models.moe import RouterStats
 from mindjax.models.vision import VisionFeatures
+from mindjax.ops.quantize import Quantized
 from mindjax.types import Batch, VisionInputs
 from sharding.layout import BATCH, Layout
 from sharding.parallel import Parallel
@@ -123,7 +124,7 @@ def spread(
       params, axes: whole arrays, and their logical axes in a tree of the same form.
       batch: rows of all devices: shard after shard, pictures in the rows of their shard.
       targets: [B, T].
-      vision_features: a table of pictures that all devices read; None encodes those of the batch.
+      vision_features: of the pictures in the batch, shard after shard, where they have been encoded before.
 
     Returns:
       logp and entropy [B, T], router statistics of all layers.
@@ -132,7 +133,7 @@ def spread(
     check_model(config, layout)
     check_batch(layout, rows, length)
     axes = parameter_axes(axes, config, parallel)
-    params, specs = _cut_params(params, axes, config, parallel)
+    params, specs = cut_params(params, axes, config, parallel)
     tokens_of_shard = 0
     if batch.vision is not None and vision_features is None:
         vision = batch.vision
@@ -140,6 +141,8 @@ def spread(
         batch = replace(batch, vision=_even_rows(vision, layout))
     else:
         batch = replace(batch, vision=None)
+        if vision_features is not None:
+            tokens_of_shard = vision_features.tokens.shape[0] // layout.batch_shards
     ring = layout.sequence > 1 and layout.context == "ring"
     order = zigzag(length, layout.sequence) if ring else None
     if order is not None:
@@ -150,20 +153,21 @@ def spread(
         params: Params, batch: Batch, targets: Array, temperature: Array, vision_features: VisionFeatures | None
     ) -> Any:
         links = parallel.links
-        if batch.vision is not None:
-            shard = jax.lax.axis_index(BATCH)
-            batch = replace(batch, vision_index=batch.vision_index - shard * tokens_of_shard)
+        # As counted in this shard; places of text stay below 0.
+        shard = jax.lax.axis_index(BATCH)
+        batch = replace(batch, vision_index=batch.vision_index - shard * tokens_of_shard)
         logp, entropy, router = predict(
-            _whole_gate_up(params, layout), batch, targets, temperature, vision_features, links=links, axes=axes
+            whole_gate_up(params, layout), batch, targets, temperature, vision_features, links=links, axes=axes
         )
         if layout.stage > 1:
             router = jax.tree.map(lambda leaf: leaf[None], router)
         return logp, entropy, router
 
     stats = PartitionSpec("stage") if layout.stage > 1 else PartitionSpec()
+    features = VisionFeatures(PartitionSpec(BATCH), PartitionSpec(None, BATCH))  # type: ignore[arg-type]
     run = parallel.spmd(
         local,
-        in_specs=(specs, _batch_specs(batch), _ROWS, PartitionSpec(), PartitionSpec()),
+        in_specs=(specs, _batch_specs(batch), _ROWS, PartitionSpec(), features if vision_features else PartitionSpec()),
         out_specs=(_ROWS, _ROWS, stats),
     )
     logp, entropy, router = run(params, batch, targets, temperature, vision_features)
@@ -198,10 +202,15 @@ def _even_rows(vision: VisionInputs, layout: Layout) -> VisionInputs:
     return jax.tree.map(pad, vision)
 
 
-def _cut_params(params: Params, axes: Params, config: ModelConfig, parallel: Parallel) -> tuple[Params, Params]:
+def cut_params(params: Params, axes: Params, config: ModelConfig, parallel: Parallel) -> tuple[Params, Params]:
     """The parameters as the devices take them, and their specs."""
     specs = jax.tree.map(partition_spec, axes, is_leaf=lambda node: isinstance(node, tuple))
     text, text_specs = dict(params["text"]), dict(specs["text"])
+    # 8-bit matrices lie the other way round, and are split by layer and expert alone.
+    text_specs["layers"] = jax.tree.map(
+        lambda leaf, spec: PartitionSpec(*spec[:-2]) if isinstance(leaf, Quantized) else spec,
+        text["layers"], text_specs["layers"], is_leaf=lambda node: isinstance(node, Quantized),
+    )  # fmt: skip
     if parallel.layout.stage > 1:
         text["layers"], text_specs["layers"] = parallel.by_stage(text["layers"], axes["text"]["layers"])
     if config.text.num_experts and parallel.layout.tensor > 1:
@@ -216,7 +225,7 @@ def _cut_params(params: Params, axes: Params, config: ModelConfig, parallel: Par
     return {**params, "text": text}, {**specs, "text": text_specs}
 
 
-def _whole_gate_up(params: Params, layout: Layout) -> Params:
+def whole_gate_up(params: Params, layout: Layout) -> Params:
     """With gate and up of each device side by side again."""
     layers = params["text"]["layers"]
     if "moe" not in layers or layout.tensor == 1:

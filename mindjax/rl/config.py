@@ -9,6 +9,7 @@ from mindjax.losses.off_policy import OffPolicyConfig
 from mindjax.rl.distance import DistanceConfig
 from mindjax.rl.rewards import RewardConfig
 from mindjax.train.optimizer import OptimizerConfig
+from sharding.layout import Layout
 from sharding.remat import Remat
 
 Exclude = Literal["none", "loss", "stats", "both"]
@@ -57,6 +58,8 @@ class RolloutConfig:
         after a checkpoint is not, so that a killed run resumes to the bit.
       devices: how many devices, the last ones, sample and do nothing else; 0 shares the trainer's.
       workers: processes of "vllm".
+      layout: of the native engine over the trainer's devices, of data, expert and tensor alone; None takes the
+        trainer's with everything but expert and tensor as data, and tensor too where weights have 8 bits.
       urls: vLLM workers that run elsewhere, instead.
     """
 
@@ -67,6 +70,7 @@ class RolloutConfig:
     repeat_length: int = 0
     overlap: bool = False
     devices: int = 0
+    layout: Layout | None = None
     workers: int = 1
     urls: tuple[str, ...] = ()
 
@@ -75,6 +79,10 @@ class RolloutConfig:
             raise ValueError("rl: set rollout.repeat_window and rollout.repeat_count together, or neither")
         if self.engine == "vllm" and self.devices:
             raise ValueError("rl: rollout.devices are of the native engine; vllm has processes of its own")
+        if self.layout is not None and self.devices:
+            raise ValueError("rl: rollout.devices samples on devices of its own, rollout.layout on the trainer's")
+        if self.layout is not None and self.weights != "full" and self.layout.tensor > 1:
+            raise ValueError("rl: 8-bit weights are not split over tensor; set rollout.layout to data and expert")
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class RLConfig:
       optimizer: see `OptimizerConfig`; the vision encoder is frozen by default, and what it made of the pictures in a
         rollout is then what the updates train on.
       remat: what a block keeps for its backward pass, see `sharding.remat`.
+      layout: how training is spread over devices; changes nothing but rounding.
       dtype: of the computation, in rollouts too; parameters and optimizer stay float32.
       seed: of the order of prompts and of the sampling.
       checkpoint_every: steps; 0 saves at the end alone.
@@ -159,6 +168,7 @@ class RLConfig:
     exclude_overturn: Exclude = "none"
     optimizer: OptimizerConfig = field(default_factory=frozen_vision)
     remat: Remat = "none"
+    layout: Layout = field(default_factory=Layout)
     dtype: str = "float32"
     seed: int = 0
     checkpoint_every: int = 0
@@ -191,8 +201,28 @@ class RLConfig:
             raise ValueError(
                 "rl: rollout.overlap samples from weights that are one step old; set off_policy.level to correct it"
             )
+        if self.micro_batches % self.layout.batch_shards:
+            raise ValueError(
+                f"rl: the layout takes {self.layout.batch_shards} micro-batches at once (data x fsdp x expert); "
+                f"make micro_batches, now {self.micro_batches}, a multiple of it"
+            )
+        if self.rollout.devices and self.layout.devices > 1:
+            raise ValueError("rl: rollout.devices needs a trainer on one device; its layout takes all of them")
+        if self.rollout.layout is not None and self.rollout.layout.devices != self.layout.devices:
+            raise ValueError(
+                f"rl: rollout.layout takes {self.rollout.layout.devices} devices, the trainer's layout "
+                f"{self.layout.devices}; the two share them"
+            )
         if (self.kl == "none") != (self.kl_coefficient == 0):
             raise ValueError("rl: set kl and kl_coefficient together, or neither")
+
+    @property
+    def rollout_layout(self) -> Layout:
+        """Of the native engine on the trainer's devices."""
+        train = self.layout
+        tensor = train.tensor if self.rollout.weights == "full" else 1
+        data = train.devices // train.expert // tensor
+        return self.rollout.layout or Layout(data=data, expert=train.expert, tensor=tensor)
 
     @property
     def responses_per_update(self) -> int:
@@ -200,4 +230,4 @@ class RLConfig:
 
 
 # What may change when a run is resumed; all else is part of its identity.
-FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "evaluate_every", "show_every", "remat")
+FREE_TO_CHANGE = ("checkpoint_every", "keep_checkpoints", "evaluate_every", "show_every", "remat", "layout")

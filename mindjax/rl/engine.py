@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -17,11 +17,14 @@ from mindjax.config import ModelConfig
 from mindjax.data.packing import BatchShape
 from mindjax.data.render import Rendered
 from mindjax.inference.pictures import encode_pictures, prompt_batches, table_rows
-from mindjax.inference.sampler import SamplingConfig, generate
+from mindjax.inference.sampler import SamplingConfig, generate, rows_for
+from mindjax.models import qwen3_vl
 from mindjax.models.vision import VisionFeatures
 from mindjax.rl.config import RolloutConfig
 from mindjax.rl.shapes import smallest
 from mindjax.types import Array, Completion
+from sharding.parallel import Parallel
+from sharding.reshard import reshard
 
 Params = dict[str, Any]
 
@@ -63,6 +66,7 @@ class NativeEngine:
     Args:
       model: shapes of the model.
       config: see `RolloutConfig`.
+      parallel: devices to spread the sampling over; None is one.
       shapes: prefill shapes by the number of samples that a call asks for, rising, so that known ones are compiled once
         (`mindjax.rl.shapes`). A number that is not there takes the smallest bucket of each call.
 
@@ -70,18 +74,30 @@ class NativeEngine:
       ValueError: there are not so many devices.
     """
 
-    def __init__(self, model: ModelConfig, config: RolloutConfig, shapes: Mapping[int, Sequence[BatchShape]]):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: RolloutConfig,
+        shapes: Mapping[int, Sequence[BatchShape]],
+        parallel: Parallel | None = None,
+    ):
         here = jax.local_devices()
         if config.devices >= len(here):
             raise ValueError(
                 f"rl: rollout.devices is {config.devices}, but there are {len(here)} devices, and the trainer needs "
                 "one; 0 shares the trainer's"
             )
-        self._model, self._config, self._shapes = model, config, shapes
+        self._model, self._config, self._parallel = model, config, parallel
+        self._shapes = {
+            samples: [replace(shape, rows=rows_for(shape.rows, parallel)) for shape in of_samples]
+            for samples, of_samples in shapes.items()
+        }
         self._devices = here[-config.devices :] if config.devices else []
         self._params: list[Params] = []
 
     def update(self, params: Params, version: int) -> None:
+        if self._parallel is not None:
+            params = reshard(params, qwen3_vl.shardings(self._model, self._parallel))
         if self._config.weights != "full":
             from mindjax.inference import quantized
 
@@ -96,7 +112,7 @@ class NativeEngine:
         if shape is None or len(self._params) > 1:
             return None
         batches = list(prompt_batches(prompts, shape))
-        table = encode_pictures(self._params[0], self._model, batches)
+        table = encode_pictures(self._params[0], self._model, batches, self._parallel)
         if self._devices:
             table = jax.device_put(table, jax.local_devices()[0])  # the trainer's
         return None if table is None else Pictures(table, table_rows(batches, shape))
@@ -121,6 +137,7 @@ class NativeEngine:
                 keys=keys[mine],
                 shape=shape,
                 vision_features=table,
+                parallel=self._parallel,
             )
 
         if count == 1:

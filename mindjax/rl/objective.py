@@ -16,6 +16,7 @@ from mindjax.rl.config import RLConfig
 from mindjax.rl.rollout import PolicyBatch
 from mindjax.train.step import Terms, router_term
 from mindjax.types import Array, LossOutput
+from sharding.parallel import Parallel
 from sharding.remat import Remat
 
 Params = dict[str, Any]
@@ -35,12 +36,13 @@ class GSPOLoss:
     kl: Literal["none", "k1", "k2", "k3"] = "none"
     kl_coefficient: float = 0.0
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    parallel: Parallel | None = None
 
     @classmethod
-    def of(cls, config: RLConfig, model: ModelConfig) -> GSPOLoss:
+    def of(cls, config: RLConfig, model: ModelConfig, parallel: Parallel | None = None) -> GSPOLoss:
         return cls(
             model, config.eps_low, config.eps_high, config.level, config.temperature, config.remat, config.dual_clip,
-            config.kl, config.kl_coefficient, config.off_policy,
+            config.kl, config.kl_coefficient, config.off_policy, parallel,
         )  # fmt: skip
 
     def __call__(self, params: Params, policy: PolicyBatch) -> Terms:
@@ -51,6 +53,7 @@ class GSPOLoss:
             temperature=self.temperature,
             vision_features=policy.vision_features,
             remat=self.remat,
+            parallel=self.parallel,
         )
         mask = policy.batch.loss_mask
         # The first update on a rollout is on policy: its own log-probabilities are the old ones, exactly.
@@ -87,9 +90,15 @@ class GSPOLoss:
         return (main,) if out.router is None else (main, router_term(out.router, self.model))
 
 
-@partial(jax.jit, static_argnames=("model", "temperature", "remat"))
+@partial(jax.jit, static_argnames=("model", "temperature", "remat", "parallel"))
 def trainer_logprobs(
-    params: Params, policies: PolicyBatch, *, model: ModelConfig, temperature: float, remat: Remat
+    params: Params,
+    policies: PolicyBatch,
+    *,
+    model: ModelConfig,
+    temperature: float,
+    remat: Remat,
+    parallel: Parallel | None = None,
 ) -> Array:
     """The trainer's own log-probabilities of stacked micro-batches, [micro_batches, B, T]."""
 
@@ -101,6 +110,7 @@ def trainer_logprobs(
             temperature=temperature,
             vision_features=policy.vision_features,
             remat=remat,
+            parallel=parallel,
         ).logp
 
     return jax.lax.map(one, policies)

@@ -101,6 +101,20 @@ class PolicyBatch:
     logp_reference: Array | None = None
     vision_features: VisionFeatures | None = None
 
+    def shifted(self, shard: int, merge_size: int) -> PolicyBatch:
+        """As shard number `shard` of a larger batch whose shards have equal shapes; responses are numbered over all.
+
+        Raises:
+          ValueError: pictures were read into the batch before; they are read when all shards are together.
+        """
+        if self.vision_features is not None:
+            raise ValueError("place the shards of a batch first, and then `read_pictures`")
+        if not shard:
+            return self
+        offset = shard * self.advantages.shape[-1]
+        ids: Any = np.where(self.response_ids > 0, self.response_ids + offset, 0)
+        return replace(self, batch=self.batch.shifted(shard, merge_size), response_ids=ids)
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -19,12 +19,15 @@ import numpy as np
 from mindjax.config import ModelConfig
 from mindjax.data.loader import fingerprint
 from mindjax.data.packing import BatchShape, size_of
+from mindjax.data.placing import placement, shards_of_process
 from mindjax.data.processor import Processor
 from mindjax.data.samples import DataConfig
 from mindjax.experiment import to_dataclass
 from mindjax.inference.generate import stop_token_ids
 from mindjax.inference.sampler import SamplingConfig, prompt_shape
 from mindjax.losses.off_policy import with_pearson
+from mindjax.models import qwen3_vl
+from mindjax.models.spread import check_batch
 from mindjax.rl import advantages, schedule
 from mindjax.rl.config import FREE_TO_CHANGE, RLConfig
 from mindjax.rl.distance import PairClassifier
@@ -52,6 +55,7 @@ from mindjax.train.optimizer import learning_rate, multipliers
 from mindjax.train.state import TrainState
 from mindjax.train.step import train_step
 from mindjax.types import Array, Sample
+from sharding.parallel import Parallel
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -111,7 +115,11 @@ def train(
             "answers": hashlib.sha256(repr([sample.answer for sample in samples]).encode()).hexdigest()[:16],
         },
     }
-    state = TrainState.create(params, config.optimizer, jax.random.key(config.seed))
+    parallel = Parallel.of(config.layout)
+    shardings = None if parallel is None else qwen3_vl.shardings(model, parallel)
+    if shardings is not None:
+        params = jax.device_put(params, shardings)
+    state = TrainState.create(params, config.optimizer, jax.random.key(config.seed), shardings)
     total, tokens, last = config.steps, 0, {}
     run = Run(
         workdir,
@@ -133,8 +141,7 @@ def train(
             last = {**values, "tokens": count, "seconds": time.monotonic() - began}
             if evaluate and (done == total or (config.evaluate_every and done % config.evaluate_every == 0)):
                 last |= evaluate(state.params)
-            run.writer.write(done, last)
-            run.progress.update(done, {key: last[key] for key in SHOWN}, count)
+            run.report(done, last, {key: last[key] for key in SHOWN}, count)
             if run.saves_after(done):
                 run.save(done, state, {"position": asdict(loop.position)})
     return TrainResult(state.params, done, time.monotonic() - began, tokens, last)
@@ -202,9 +209,12 @@ class _Loop(ExitStack):
                 sizes, model, environment, prompts=unit, samples=config.samples_per_prompt,
                 max_new_tokens=config.max_new_tokens,
             )  # fmt: skip
-        self.loss = GSPOLoss.of(config, model)
+        self.parallel = Parallel.of(config.layout)
+        check_batch(config.layout, self.shape.rows * config.layout.batch_shards, self.shape.length)
+        self.place = placement(self.parallel, self.shape)
+        self.loss = GSPOLoss.of(config, model, self.parallel)
         if engine is None:
-            engine = NativeEngine(model, config.rollout, shapes)
+            engine = NativeEngine(model, config.rollout, shapes, Parallel.of(config.rollout_layout))
             self.callback(engine.close)
         self.engine = engine
         self.rewarder: Rewarder = config.reward.build(config.max_new_tokens)
@@ -357,9 +367,14 @@ class _Loop(ExitStack):
             pack_responses(responses[start : start + size], self.shape, config.responses_per_row)
             for start in range(0, len(responses), size)
         ]
-        updates = []
+        updates, shards = [], config.layout.batch_shards
         for first in range(0, len(packed), config.micro_batches):
-            policy, sources = jax.tree.map(lambda *x: np.stack(x), *packed[first : first + config.micro_batches])
+            of_update = packed[first : first + config.micro_batches]
+            parts = {
+                shard: jax.tree.map(lambda *x: np.stack(x), *of_update[shard::shards])
+                for shard in (range(shards) if self.parallel is None else shards_of_process(self.parallel.mesh))
+            }
+            policy, sources = self.place(parts)
             updates.append(policy if pictures is None else read_pictures(policy, pictures, sources))
         return updates
 
@@ -368,7 +383,10 @@ class _Loop(ExitStack):
         config = self.config
 
         def of(params: Params, batch: PolicyBatch) -> Array:
-            return trainer_logprobs(params, batch, model=self.model, temperature=config.temperature, remat=config.remat)
+            return trainer_logprobs(
+                params, batch, model=self.model, temperature=config.temperature, remat=config.remat,
+                parallel=self.parallel,
+            )  # fmt: skip
 
         if config.updates_per_rollout > 1:
             batches = [replace(batch, logp_old=of(params, batch)) for batch in batches]

@@ -7,11 +7,17 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
 LOG_SECONDS = 10.0  # between lines in a file or pipe
 TTY_SECONDS = 0.2  # between refreshes in a terminal
+
+
+class WriteError(ValueError):
+    """The numbers of a run cannot be written; the message says where and what to do."""
 
 
 class MetricsWriter:
@@ -21,37 +27,62 @@ class MetricsWriter:
       workdir: created if missing.
       step: the step that the run resumes from. Records past it belong to steps that will be repeated, and a killed
         process may have left half a line; both are removed.
+
+    Raises:
+      WriteError: by every method, where the disk is full or the folder cannot be written.
     """
 
     def __init__(self, workdir: str | Path, step: int = 0):
         # Imported here: it takes a second, and `import mindjax` must not.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import Summary, scalar
 
-        path = Path(workdir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._event, self._summary, self._scalar = Event, Summary, scalar
+        self._path = path = Path(workdir) / "metrics.jsonl"
         kept = [record for record in read_metrics(workdir) if record["step"] <= step]
-        draft = path.with_suffix(".jsonl.draft")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(draft, path)
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        with self._advice():
+            prefix = path.parent / "tensorboard" / "events"
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".jsonl.draft")
+            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(draft, path)
+            self._file = path.open("a")
+            # Written by this thread: tensorboardX's own would die on a full disk, and a run wait for it for ever.
+            self._tensorboard = EventsWriter(str(prefix), f".{os.getpid()}.{step}")
+            # Hides what an earlier process wrote of steps that come again.
+            start = SessionLog(status=SessionLog.START)
+            self._tensorboard.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds a record; `step` counts finished updates, from 1."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with self._advice():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            scalars = [self._scalar(name, value).value[0] for name, value in values.items()]
+            summary = self._summary(value=scalars)
+            self._tensorboard.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            self._tensorboard.flush()
 
     def sync(self) -> None:
         """Returns once everything is on disk: a checkpoint must never be newer than its metrics."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._advice():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
-        self._tensorboard.close()
+        with self._advice(), closing(self._tensorboard), closing(self._file):
+            self.sync()
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(
+                f"{error.filename or self._path} could not be written: {error.strerror}. Make room on the disk, or the folder writable, "
+                "and run the same command to go on from the last checkpoint"
+            ) from error
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:

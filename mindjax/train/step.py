@@ -35,38 +35,66 @@ class TrainStep:
     def __init__(self, loss_fn: LossFn, optimizer: OptimizerConfig, compute_dtype: str):
         self._loss_fn, self._config, self._dtype = loss_fn, optimizer, jnp.dtype(compute_dtype)
         self._compiled = jax.jit(self._step, donate_argnums=0)
+        self._spread = lru_cache(maxsize=4)(self._spread_for)
 
-    def __call__(self, state: TrainState, batches: Any, learning_rate: float) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self,
+        state: TrainState,
+        batches: Any,
+        learning_rate: float,
+        limits: tuple[float, float] = (float("inf"), float("inf")),
+    ) -> tuple[TrainState, Metrics]:
         """Runs one step; returns before the device is done.
+
+        Where the loss or the gradient's norm is not finite, or above its limit, the update is left out: parameters
+        and optimizer state stay, only `step` counts on.
 
         Args:
           state: donated.
           batches: a pytree whose leaves have a leading axis of micro-batches.
           learning_rate: of this step.
+          limits: of loss and gradient norm.
 
         Returns:
-          (new state, metrics as name -> (sum, count) on the device: `loss`, what the loss terms report, and
-          `grad_norm` before clipping). `loss` or `grad_norm` is not finite where the step went wrong.
+          (new state, metrics as name -> (sum, count) on the device: `loss`, what the loss terms report, `grad_norm`
+          before clipping, and `skipped`, 1 where the update was left out).
         """
-        return self._compiled(state, jax.device_put(batches), jax.device_put(np.float32(learning_rate)))
+        rate, bounds = jax.device_put(np.float32(learning_rate)), jax.device_put(np.asarray(limits, np.float32))
+        return self._function(state)(state, jax.device_put(batches), rate, bounds)
+
+    def lower(self, state: TrainState, batches: Any) -> jax.stages.Lowered:
+        """The step for arguments of these shapes and places, which may be abstract, ready to be compiled."""
+        scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+        return self._function(state).lower(state, batches, *scalars)
 
     def compilations(self) -> int:
-        """How many shapes have been compiled: one, unless the caller's shapes change."""
+        """How many shapes have been compiled on one device: one, unless the caller's shapes change."""
         return self._compiled._cache_size()  # type: ignore[attr-defined]
 
-    def _step(self, state: TrainState, batches: Any, learning_rate: Array) -> tuple[TrainState, Metrics]:
+    def _function(self, state: TrainState) -> Any:
+        """The jitted step; on a mesh, one whose new state lies where the old one does."""
+        leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
+        return self._compiled if len(leaves[0].device_set) == 1 else self._spread(tuple(leaves), tree)
+
+    def _spread_for(self, leaves: tuple[Any, ...], tree: Any) -> Any:
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(jax.tree.unflatten(tree, leaves), None))
+
+    def _step(self, state: TrainState, batches: Any, learning_rate: Array, limits: Array) -> tuple[TrainState, Metrics]:
         factors = multipliers(self._config, state.params)
         trainable, frozen = split_trainable(state.params, factors)
         gradient, loss, metrics = self._gradient(trainable, frozen, batches)
         norm = optax.global_norm(gradient)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limits[0]) & (norm <= limits[1])
         if self._config.clip_norm:
             scale = jnp.minimum(1.0, self._config.clip_norm / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda g: g * scale, gradient)
         optimizer = make_optimizer(self._config, state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
-        trainable = jax.tree.map(lambda p, u: p - learning_rate * u, trainable, updates)
+        # Chosen here, where the old values are read anyway: the host learns of it when they are gone.
+        trainable = jax.tree.map(lambda p, u: jnp.where(good, p - learning_rate * u, p), trainable, updates)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)
         one = jnp.ones((), jnp.float32)
-        metrics = {"loss": (loss, one), **metrics, "grad_norm": (norm, one)}
+        metrics = {"loss": (loss, one), **metrics, "grad_norm": (norm, one), "skipped": (1.0 - good, one)}
         return TrainState(join(trainable, frozen), opt_state, state.step + 1, state.key), metrics
 
     def _gradient(self, trainable: Params, frozen: Params, batches: Any) -> tuple[Params, Array, Metrics]:

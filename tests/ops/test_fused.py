@@ -195,11 +195,8 @@ def test_decoding(kept: list[int], dtype: Any) -> None:
     ids = np.zeros((prompts, keys), np.int32)
     for prompt, length in enumerate((37, 20, 1)):
         ids[prompt, :length] = 1
-
-    class Config:  # what `Generated.empty` reads
-        num_hidden_layers, num_key_value_heads, head_dim = layers, kv_heads, dim
-
-    cache = Generated.empty(Config, prompts, samples, capacity, dtype)  # type: ignore[arg-type]
+    prefix = Prefix(*old, jnp.asarray(ids))
+    cache = Generated.empty(prefix, samples, capacity)
     history = [jnp.asarray(normal(i, rows, step + 1, kv_heads, dim), dtype) for i in (2, 3)]
     for place in range(step):
         cache = cache.append(jnp.int32(layer), jnp.int32(place), *(part[:, place : place + 1] for part in history))
@@ -207,7 +204,7 @@ def test_decoding(kept: list[int], dtype: Any) -> None:
     q = jnp.asarray(normal(4, len(kept), 1, heads, dim), dtype)
     new = [part[:, step:] for part in history]
     decode = jax.jit(lambda q, k, v, cache: decode_attention(
-        q, k, v, Prefix(*old, jnp.asarray(ids)), cache, jnp.int32(layer), jnp.int32(step)))  # fmt: skip
+        q, k, v, prefix, cache, jnp.int32(layer), jnp.int32(step)))  # fmt: skip
     out, after = decode(q, *new, cache)
 
     wanted_cache = cache.append(jnp.int32(layer), jnp.int32(step), *new)
