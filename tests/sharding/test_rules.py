@@ -7,13 +7,17 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from mindjax.models import catalog, qwen3_vl
+from sharding.layout import Layout
 from sharding.mesh import make_mesh
-from sharding.rules import partition_spec, sharding_for, tree_shardings
+from sharding.parallel import Parallel
+from sharding.rules import partition_spec, sharding_for
 
 
 def test_the_table() -> None:
-    assert partition_spec(("layer", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
-    assert partition_spec(("layer", "expert", "expert_mlp", "embed")) == PartitionSpec(None, "expert", "tensor", "fsdp")
+    assert partition_spec(("layer", "embed", "mlp")) == PartitionSpec("stage", "fsdp", "tensor")
+    assert partition_spec(("layer", "expert", "expert_mlp", "embed")) == PartitionSpec(
+        "stage", "expert", "tensor", "fsdp"
+    )
     assert partition_spec(("batch", None)) == PartitionSpec(("data", "fsdp", "expert"), None)
 
 
@@ -39,7 +43,7 @@ def test_a_dimension_that_does_not_divide() -> None:
 @pytest.mark.parametrize("name", catalog.CATALOG)
 def test_every_parameter_of_every_model_has_a_layout(name: str) -> None:
     config = catalog.CATALOG[name]
-    shardings = tree_shardings(qwen3_vl.logical_axes(config), make_mesh())
+    shardings = qwen3_vl.shardings(config, Parallel(Layout(), make_mesh()))
     shapes = qwen3_vl.abstract_params(config)
     assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
 
