@@ -11,6 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_cuda import jax_fused
+from mindjax.ops import pallas_attention
 from mindjax.ops.dispatch import on_cpu
 
 # Queries beyond this go in blocks, so that memory grows with T x block, not T^2.
@@ -40,6 +41,9 @@ def attention(
     Returns:
       [B, T, N, D] in q's dtype; scores and softmax are float32.
     """
+    # Chosen here and not when the program is compiled: the kernel brings its own backward pass.
+    if jax.default_backend() == "tpu" and pallas_attention.fits(q, k):
+        return pallas_attention.attention(q, k, v, q_segment_ids, kv_segment_ids, causal=causal)
     length = q.shape[1]
     index = jnp.arange(length, dtype=jnp.int32) if causal else jnp.full(length, -1, jnp.int32)
     return _attention(q, k, v, q_segment_ids, kv_segment_ids, index)
