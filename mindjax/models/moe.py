@@ -85,7 +85,8 @@ def moe(
 
     # Padding goes to an expert past the last.
     chosen = jnp.where(real[:, None], chosen, experts)
-    y = _experts(params, *(links.gather(part, ("expert",), 0) for part in (flat, chosen, weights)), links)
+    tokens_here = [links.gather(part, ("expert",), 0) for part in (flat, chosen, weights)]
+    y = _experts(params, *tokens_here, count=experts // links.layout.expert, links=links)
     y = links.scatter_sum(y, "expert", 0)
 
     load = jnp.sum(_taken(chosen, experts), axis=0, dtype=jnp.float32)
@@ -95,9 +96,9 @@ def moe(
     return y.reshape(x.shape), RouterStats(*links.sum_batch((load, aux_sum, aux_count)))
 
 
-def _experts(params: dict[str, Array], x: Array, chosen: Array, weights: Array, links: Links) -> Array:
-    """The weighted answers of this device's experts to tokens x [N, H], which chose [N, k], summed: [N, H]."""
-    count, choices = params["down"].shape[0], chosen.shape[1]
+def _experts(params: dict[str, Array], x: Array, chosen: Array, weights: Array, *, count: int, links: Links) -> Array:
+    """The weighted answers of this device's `count` experts to tokens x [N, H], which chose [N, k], summed: [N, H]."""
+    choices = chosen.shape[1]
     if links.layout.expert > 1:
         chosen = chosen - links.index("expert") * count
         chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
