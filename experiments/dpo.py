@@ -6,7 +6,12 @@ mindjax dpo --config experiments/dpo.py:debug      random weights on drawn task 
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ml_collections import ConfigDict
+
+from mindjax.train.spikes import SpikeConfig
+from sharding.layout import Layout
 
 SIZES = ("debug",)
 
@@ -26,6 +31,9 @@ def get_config(size: str = "") -> ConfigDict:
                 "length": 4096,
                 "micro_batches": 8,
                 "remat": "full",
+                "layout": asdict(Layout()),  # e.g. --config.train.layout.fsdp=8, see docs/parallelism.md
+                "spikes": asdict(SpikeConfig()),
+                "check_replicas_every": 0,
                 "dtype": "bfloat16",
                 "seed": 0,
                 "drop_too_long": True,

@@ -5,7 +5,11 @@
 `:debug` starts from random weights and ends within a minute; it shows that everything runs, not that it learns.
 """
 
+from dataclasses import asdict
+
 from ml_collections import ConfigDict
+
+from sharding.layout import Layout
 
 SIZES = ("debug",)
 
@@ -41,6 +45,7 @@ def get_config(size: str = "") -> ConfigDict:
     train.eps_high = 0.28
     train.dtype = "float32"
     train.remat = "none"
+    train.layout = ConfigDict(asdict(Layout()))  # e.g. --config.train.layout.fsdp=8, see docs/parallelism.md
     train.seed = 0
     train.checkpoint_every = 1 if debug else 20
     train.evaluate_every = 0

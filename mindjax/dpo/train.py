@@ -340,7 +340,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Optimizes a model on preference pairs and writes the result, an HF folder, to `<workdir>/model`."""
     run = to_dataclass(DPORun, {key: value for key, value in config.items() if key != "kind"})
     samples = run.data.load()
-    model, params, processor = open_model(run.model, samples, run.max_pixels)
+    model, params, processor = open_model(run.model, samples, run.max_pixels, run.train.layout)
     pairs = [render_pair(sample, processor) for sample in samples]
     result = train(run.train, model, params, pairs, workdir)
     export(workdir / "model", model, result.params, processor)

@@ -470,7 +470,7 @@ def main(
     """
     run = to_dataclass(RLRun, {key: value for key, value in config.items() if key != "kind"})
     samples = run.data.load()
-    model, params, processor = open_model(run.model, samples, run.max_pixels)
+    model, params, processor = open_model(run.model, samples, run.max_pixels, run.train.layout)
     with ExitStack() as stack:
         engine = None
         if run.train.rollout.engine != "native":

@@ -257,7 +257,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Fine-tunes a model on conversations and writes the result, an HF folder, to `<workdir>/model`."""
     run = to_dataclass(SFTRun, {key: value for key, value in config.items() if key != "kind"})
     samples = run.data.load()
-    model, params, processor = open_model(run.model, samples, run.max_pixels)
+    model, params, processor = open_model(run.model, samples, run.max_pixels, run.train.layout)
     held_out = RenderedSamples(run.held_out.load(), processor) if run.held_out else ()
     result = train(run.train, model, params, RenderedSamples(samples, processor), workdir, held_out=held_out)
     export(workdir / "model", model, result.params, processor)

@@ -11,10 +11,13 @@ from mindjax.data.processor import Processor
 from mindjax.data.samples import new_processor
 from mindjax.models import catalog, hf_weights
 from mindjax.types import Sample
+from sharding.layout import Layout
+from sharding.parallel import Parallel
+from sharding.processes import is_first
 
 
 def open_model(
-    name: str, samples: Sequence[Sample], max_pixels: int = 0
+    name: str, samples: Sequence[Sample], max_pixels: int = 0, layout: Layout | None = None
 ) -> tuple[ModelConfig, dict[str, Any], Processor]:
     """Config, float32 parameters and processor.
 
@@ -22,11 +25,12 @@ def open_model(
       name: a folder, or a name of the catalog.
       samples: a catalog name has no tokenizer; one is trained on their text.
       max_pixels: of an image; 0 leaves the folder's limit.
+      layout: the devices to place the parameters on as they are read; None is one.
 
     Raises:
       ValueError: neither a folder nor a name, or a catalog name without `max_pixels`.
     """
-    model, params = catalog.load(name, dtype="float32")
+    model, params = catalog.load(name, dtype="float32", parallel=layout and Parallel.of(layout))
     if Path(name).is_dir():
         processor = Processor.from_pretrained(name)
         if max_pixels:
@@ -39,7 +43,11 @@ def open_model(
 
 
 def export(folder: Path, model: ModelConfig, params: dict[str, Any], processor: Processor) -> None:
-    """Writes an HF folder that opens by itself: weights, configs, tokenizer and processor."""
+    """Writes an HF folder that opens by itself: weights, configs, tokenizer and processor.
+
+    Several processes call it together, and the first one writes.
+    """
     generation = {"eos_token_id": processor.im_end_token_id, "pad_token_id": processor.endoftext_token_id}
     hf_weights.save(folder, model, params, generation=generation)
-    processor.save_pretrained(folder)
+    if is_first():
+        processor.save_pretrained(folder)
