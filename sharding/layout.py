@@ -32,6 +32,8 @@ class Layout:
       pipeline_rounds: times that a row passes all stages, a share of the layers each time (a circular schedule).
       context: how attention sees a split row: "ulysses" trades tokens for heads, "ring" sends keys and values round,
         rows cut so that every device has equal causal work.
+      dispatch: how tokens reach experts: "gather" brings all of them to every device on `expert`, "ragged" each to the
+        experts that it chose, "auto" takes what moves less. See `sharding.expert`.
     """
 
     data: int = 1
@@ -43,6 +45,7 @@ class Layout:
     pipeline_microbatches: int = 0
     pipeline_rounds: int = 1
     context: Literal["ulysses", "ring"] = "ulysses"
+    dispatch: Literal["auto", "gather", "ragged"] = "auto"
 
     def __post_init__(self) -> None:
         for name in (*AXES, "pipeline_rounds"):
@@ -57,6 +60,8 @@ class Layout:
             raise ValueError("layout: pipeline_microbatches and pipeline_rounds do nothing with one stage")
         if self.context not in ("ulysses", "ring"):
             raise ValueError(f"layout: context must be 'ulysses' or 'ring', not {self.context!r}")
+        if self.dispatch not in ("auto", "gather", "ragged"):
+            raise ValueError(f"layout: dispatch must be 'auto', 'gather' or 'ragged', not {self.dispatch!r}")
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -75,9 +80,10 @@ class Layout:
                     f"layout {text!r}: no field {name!r}"
                     + (f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(sorted(known))}")
                 )
-            if not equals or (name != "context" and not value.isdigit()):
-                raise ValueError(f"layout {text!r}: write {name}=NUMBER" if name != "context" else f"layout {text!r}")
-            values[name] = value if name == "context" else int(value)
+            is_name = name in ("context", "dispatch")
+            if not equals or not (is_name or value.isdigit()):
+                raise ValueError(f"layout {text!r}: write {name}={'NAME' if is_name else 'NUMBER'}")
+            values[name] = value if is_name else int(value)
         return cls(**values)  # type: ignore[arg-type]
 
     @property

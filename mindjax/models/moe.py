@@ -21,6 +21,7 @@ from mindjax.ops.activation import swiglu
 from mindjax.ops.dispatch import on_cpu
 from mindjax.ops.grouped_matmul import grouped_matmul
 from mindjax.ops.matmul import matmul
+from sharding.expert import Journey, travels
 from sharding.links import ONE_DEVICE, Links
 
 Array = jax.Array
@@ -85,32 +86,60 @@ def moe(
 
     # Padding goes to an expert past the last.
     chosen = jnp.where(real[:, None], chosen, experts)
-    tokens_here = [links.gather(part, ("expert",), 0) for part in (flat, chosen, weights)]
-    y = _experts(params, *tokens_here, count=experts // links.layout.expert, links=links)
-    y = links.scatter_sum(y, "expert", 0)
+    taken = _taken(chosen, experts)
+    load = jnp.sum(taken, axis=0, dtype=jnp.int32)
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    if links.layout.expert > 1 and travels(links.layout, choices):
+        y = _by_travel(params, flat, weights, order, Journey.of(load, links.layout.expert))
+    elif links.layout.expert > 1:
+        everyone = [links.gather(part, ("expert",), 0) for part in (flat, chosen, weights)]
+        y = links.scatter_sum(_by_share(params, *everyone, experts // links.layout.expert, links), "expert", 0)
+    else:
+        y = _answers(params, flat, weights, order, load)
 
-    load = jnp.sum(_taken(chosen, experts), axis=0, dtype=jnp.float32)
     aux_sum, aux_count = _balance_loss(
         probabilities.reshape(rows, time, experts), chosen.reshape(rows, time, choices), segment_ids, links
     )
-    return y.reshape(x.shape), RouterStats(*links.sum_batch((load, aux_sum, aux_count)))
+    return y.reshape(x.shape), RouterStats(*links.sum_batch((load.astype(jnp.float32), aux_sum, aux_count)))
 
 
-def _experts(params: dict[str, Array], x: Array, chosen: Array, weights: Array, *, count: int, links: Links) -> Array:
-    """The weighted answers of this device's `count` experts to tokens x [N, H], which chose [N, k], summed: [N, H]."""
-    choices = chosen.shape[1]
-    if links.layout.expert > 1:
-        chosen = chosen - links.index("expert") * count
-        chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
-    # Other devices' experts, and padding, come last: behind every group, where the product is zero.
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
+def _answers(params: dict[str, Array], x: Array, weights: Array, order: Array, group_sizes: Array) -> Array:
+    """The weighted answers of experts to tokens x [N, H] with `weights` [N, k], summed over the choices: [N, H].
+
+    Args:
+      order: [N k], choices sorted by expert; those past the last group get zeros.
+      group_sizes: [E] int32, choices of each expert.
+    """
     back = jnp.argsort(order)
-    group_sizes = jnp.sum(_taken(chosen, count), axis=0, dtype=jnp.int32)
-    rows_in = _dispatch(x, order, back, choices)
-    hidden_states = checkpoint_name(grouped_matmul(rows_in, params["gate_up"], group_sizes), "mlp_hidden")
+    rows = _dispatch(x, order, back, weights.shape[1])
     # Weighed before the last product, which is linear: then the gradient of the weights needs no answer kept.
-    weighed = swiglu(hidden_states, _permute(weights.reshape(-1), order, back).astype(jnp.float32))
-    return _combine(grouped_matmul(weighed, params["down"], group_sizes), order, back, choices)
+    answers = _products(params, rows, _permute(weights.reshape(-1), order, back), group_sizes)
+    return _combine(answers, order, back, weights.shape[1])
+
+
+def _products(params: dict[str, Array], rows: Array, weights: Array, group_sizes: Array) -> Array:
+    """Weighted answers to rows [R, H] that are sorted by expert, with weights [R]."""
+    hidden = checkpoint_name(grouped_matmul(rows, params["gate_up"], group_sizes), "mlp_hidden")
+    return grouped_matmul(swiglu(hidden, weights.astype(jnp.float32)), params["down"], group_sizes)
+
+
+def _by_share(params: dict[str, Array], x: Array, chosen: Array, weights: Array, count: int, links: Links) -> Array:
+    """What this device's `count` experts answer to the tokens of all devices; of others' choices nothing."""
+    chosen = chosen - links.index("expert") * count
+    chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
+    group_sizes = jnp.sum(_taken(chosen, count), axis=0, dtype=jnp.int32)
+    return _answers(params, x, weights, jnp.argsort(chosen.reshape(-1), stable=True), group_sizes)
+
+
+def _by_travel(params: dict[str, Array], x: Array, weights: Array, order: Array, journey: Journey) -> Array:
+    """What the experts of all devices answer to this device's tokens, which travel to them and back."""
+    choices, back = weights.shape[1], jnp.argsort(order)
+    rows, scales = _dispatch(x, order, back, choices), _permute(weights.reshape(-1), order, back)
+    # The most that can come: all choices of all tokens, or as many as the experts here can be chosen for.
+    experts = len(journey.group_sizes)
+    size = journey.devices * len(x) * min(choices, experts)
+    there = _products(params, journey.go(rows, size), journey.go(scales, size), journey.group_sizes)
+    return _combine(journey.back(there, len(rows)), order, back, choices)
 
 
 def _taken(chosen: Array, experts: int) -> Array:
