@@ -128,6 +128,11 @@ class Loader:
         """Steps of the whole run."""
         return len(self._groups) // self._micro
 
+    @property
+    def groups_per_step(self) -> int:
+        """Of the stream of groups, over all devices and processes: step s takes those from s times this many on."""
+        return self._micro
+
     def indices(self, step: int, shard: int | None = None) -> list[int]:
         """The samples of a shard of a step, or of all that this process sees, in the order of their batches."""
         shards = self._mine if shard is None else [shard]

@@ -66,6 +66,7 @@ class Checkpointer:
         self._closed = False
         self._under_way: int | None = None
         with self._advice(None):
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options, handler_registry=registry)
         self.extra: dict[str, Any] = {}
 

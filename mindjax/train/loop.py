@@ -25,6 +25,7 @@ from mindjax.train.state import TrainState
 from mindjax.train.step import Metrics, TrainStep
 from mindjax.types import Array
 from sharding.processes import is_first
+from sharding.watchdog import Watchdog
 
 Params = dict[str, Any]
 NOT_FINITE, SPIKE, DIVERGED = "nan_batch.npz", "spike_batch.npz", "diverged_batch.npz"
@@ -129,7 +130,7 @@ def fit(
       CheckpointError: a checkpoint could not be written or is damaged.
       ValueError: the checkpoint in `workdir` belongs to another configuration.
     """
-    began, total = time.monotonic(), len(loader)
+    began, total, per_step = time.monotonic(), len(loader), loader.groups_per_step
     spikes = spikes or SpikeConfig()
     tokens, last = 0, {}
     pending: _Pending | None = None
@@ -163,7 +164,9 @@ def fit(
             result, saved = run.rewind(state, now.number)
             left_out = [saved + 1, now.number]
         numbers = {"loss": values["loss"], "grad_norm": values["grad_norm"], "learning_rate": now.rate}
-        watch.keep(now.number, now.batch, {"policy": spikes.policy, "left_out": left_out, **numbers})
+        groups = [(left_out[0] - 1) * per_step, now.number * per_step - 1]
+        record = {"policy": spikes.policy, "left_out": left_out, "groups": groups, **numbers}
+        watch.keep(now.number, now.batch, record)
         if watch.too_many():
             raise _bad_step(
                 run.workdir,
@@ -195,7 +198,7 @@ def fit(
                 report()  # before the state is donated to the next step
             if run.saves_after(done):
                 report()  # before saving: a state that is not finite is never saved
-                run.save(done, state, {"recent": watch.recent})
+                run.save(done, state, {"groups": done * per_step, "recent": watch.recent})
     return TrainResult(state.params, done, time.monotonic() - began, tokens, last)
 
 
@@ -244,6 +247,7 @@ class Run(ExitStack):
             self.callback(self._writer.close)
             self.callback(self._progress.close)
         self._signal, self._any = self.enter_context(stop_signals()), AnyProcess()
+        self._watchdog = self.enter_context(Watchdog())
         self._stopping = False
 
     def report(self, step: int, values: dict[str, float], shown: dict[str, float], tokens: int) -> None:
@@ -260,6 +264,7 @@ class Run(ExitStack):
         Raises:
           CheckpointError: the last save, in the background, failed.
         """
+        self._watchdog.beat()
         self._checkpointer.poll()
         self._stopping |= self._any(self._signal.is_set())
         return self.due(step) or self._stopping

@@ -80,8 +80,8 @@ class MetricsWriter:
             yield
         except OSError as error:
             raise WriteError(
-                f"{error.filename or self._path} could not be written: {error.strerror}. Make room on the disk, or the folder writable, "
-                "and run the same command to go on from the last checkpoint"
+                f"{error.filename or self._path} could not be written: {error.strerror}. Make room on the disk, or the "
+                "folder writable, and run the same command to go on from the last checkpoint"
             ) from error
 
 

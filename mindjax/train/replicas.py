@@ -16,7 +16,7 @@ Params = dict[str, Any]
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-class DivergedError(RuntimeError):
+class DivergedError(ValueError):
     """Devices that should hold the same parameters do not; the message names them."""
 
 

@@ -57,8 +57,8 @@ class SpikeConfig:
 class SpikeWatch:
     """Remembers recent steps, sets the limits of the next ones, and keeps a log of the bad ones.
 
-    `<workdir>/spikes.jsonl` has a record for each bad step, with the range of steps whose data is left out; with the
-    order of the data, which depends on the configuration alone, it says what the run was trained on.
+    `<workdir>/spikes.jsonl` has a record for each bad step: `left_out`, first and last of the steps whose data is not
+    in the parameters, and `groups`, the same in the loader's stream, from 0. All other data is, each group once.
 
     Args:
       config: see `SpikeConfig`.

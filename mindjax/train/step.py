@@ -60,7 +60,7 @@ class TrainStep:
           before clipping, and `skipped`, 1 where the update was left out).
         """
         rate, bounds = jax.device_put(np.float32(learning_rate)), jax.device_put(np.asarray(limits, np.float32))
-        return self._function(state)(state, jax.device_put(batches), rate, bounds)
+        return self._function(state)(state, _on_device(batches), rate, bounds)
 
     def lower(self, state: TrainState, batches: Any) -> jax.stages.Lowered:
         """The step for arguments of these shapes and places, which may be abstract, ready to be compiled."""
@@ -149,7 +149,7 @@ class EvalStep:
 
     def __call__(self, params: Params, batches: Any) -> Metrics:
         """Sums and counts over micro-batches, see `TrainStep`; nothing is donated."""
-        return self._compiled(params, jax.device_put(batches))
+        return self._compiled(params, _on_device(batches))
 
     def _metrics(self, params: Params, batches: Any) -> Metrics:
         params = _cast(params, self._dtype)
@@ -216,3 +216,9 @@ def train_step(loss_fn: LossFn, optimizer: OptimizerConfig, compute_dtype: str =
     rate, warm-up and schedule do not count, they are the caller's to compute (`optimizer.learning_rate`).
     """
     return _train_step(loss_fn, optimizer.static(), compute_dtype)
+
+
+def _on_device(batches: Any) -> Any:
+    """Host arrays to the device; the arrays of a mesh are there, and may be of other processes too."""
+    placed = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
+    return batches if placed else jax.device_put(batches)

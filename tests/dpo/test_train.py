@@ -15,6 +15,7 @@ from mindjax.dpo.train import DPOConfig, DPOLoss, Pair, max_pairs, pack_pairs, r
 from mindjax.models import qwen3_vl
 from mindjax.train.metrics import read_metrics
 from mindjax.train.optimizer import OptimizerConfig
+from mindjax.train.spikes import SpikeConfig
 from mindjax.types import Sample
 from tests.train import tiny
 
@@ -135,6 +136,8 @@ CHANGED = {
     "drop_too_long": True,
     "checkpoint_every": 9,
     "keep_checkpoints": 5,
+    "spikes": SpikeConfig("skip"),
+    "check_replicas_every": 2,
 }
 
 
@@ -143,7 +146,7 @@ def test_every_setting_changes_something(monkeypatch, tmp_path):
 
     def capture(step, state, loader, *, identity, **options):
         batches = [loader.indices(i) for i in range(len(loader))]
-        first = loader[0][0]
+        first = loader[0][0][0]
         seen.append(repr((step._loss_fn, step._dtype, step._config, first.batch.tokens.shape, batches, options)))
         seen[-1] += repr((first.reference is None, loader.dropped))
 

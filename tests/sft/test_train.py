@@ -22,6 +22,7 @@ from mindjax.models import qwen3_vl
 from mindjax.sft.train import SFTConfig, SFTLoss, choose_shape, train
 from mindjax.train.metrics import read_metrics
 from mindjax.train.optimizer import OptimizerConfig
+from mindjax.train.spikes import SpikeConfig
 from mindjax.train.step import train_step
 from tests.train import tiny
 
@@ -181,6 +182,8 @@ CHANGED = {
     "checkpoint_every": 9,
     "keep_checkpoints": 5,
     "evaluate_every": 3,
+    "spikes": SpikeConfig("skip"),
+    "check_replicas_every": 2,
 }
 
 
@@ -189,8 +192,8 @@ def test_every_setting_changes_something(monkeypatch, tmp_path):
 
     def capture(step, state, loader, *, identity, evaluate, **options):
         batches = [loader.indices(i) for i in range(len(loader))]
-        seen.append(repr((step._loss_fn, step._dtype, step._config, loader[0][0].tokens.shape, batches, options)))
-        seen[-1] += repr(loader[0][0].vision.patches.shape) + repr(loader.dropped)
+        seen.append(repr((step._loss_fn, step._dtype, step._config, loader[0][0][0].tokens.shape, batches, options)))
+        seen[-1] += repr(loader[0][0][0].vision.patches.shape) + repr(loader.dropped)
 
     monkeypatch.setattr("mindjax.sft.train.fit", capture)
     assert set(CHANGED) == {field.name for field in fields(SFTConfig)}

@@ -23,7 +23,7 @@ SMALLEST = (
     ("dense", "sft", "fsdp=2,tensor=2,stage=2", "none"),
     ("dense", "dpo", "data=2,tensor=4", "full"),
     ("dense", "sft", "stage=2,sequence=2,context=ring,pipeline_rounds=2,pipeline_microbatches=4", "none"),
-    ("moe", "gspo", "data=2,sequence=2,expert=2", ("attention", "mlp_hidden")),
+    ("moe", "gspo", "data=2,sequence=2,expert=2,dispatch=ragged", ("attention", "mlp_hidden")),
     ("moe", "sft", "stage=2,tensor=2,expert=2", "none"),
 )
 AXES = ("data=2", "fsdp=2", "stage=2", "sequence=2", "sequence=4,context=ring", "tensor=2", "tensor=4")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindjax.train.checkpoint import Checkpointer
+from mindjax.train.checkpoint import Checkpointer, CheckpointError
 from mindjax.train.optimizer import OptimizerConfig
 from mindjax.train.state import TrainState
 
@@ -75,3 +77,67 @@ def test_what_a_killed_save_left_is_not_taken_for_a_checkpoint(tmp_path):
     again.save(6, replace(state(2), step=jnp.int32(6)))
     again.close()
     assert Checkpointer(tmp_path, {}).latest() == 6
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_damaged_file_is_named_and_the_one_before_is_offered(tmp_path):
+    saver = Checkpointer(tmp_path, {})
+    for step in (1, 2):
+        saver.save(step, replace(state(step), step=jnp.int32(step)))
+    saver.close()
+    folder = tmp_path / "checkpoints" / "2"
+    sealed = [folder / "state" / name for name in json.loads((folder / "manifest.json").read_text())["files"]]
+    # All that holds the state, and the manifest; what is left is Orbax's own record of times.
+    assert {path.name for path in {*files_of(folder)} - {*sealed}} == {
+        "manifest.json", "_CHECKPOINT_METADATA", "commit_success.txt"
+    }  # fmt: skip
+    assert max(path.stat().st_size for path in sealed) > 100
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+    damages = [flip, lambda path: path.write_bytes(path.read_bytes()[:-1]), lambda path: path.unlink()]
+    for path in [*sealed, folder / "manifest.json"]:
+        whole = path.read_bytes()
+        for damage in damages:
+            damage(path)
+            with pytest.raises(CheckpointError) as error:
+                Checkpointer(tmp_path, {}).restore(state())
+            assert f"the checkpoint of step 2 is damaged: {path} " in str(error.value)
+            assert f"That of step 1 is whole: to go on from it, move {folder} away" in str(error.value)
+            path.write_bytes(whole)
+    assert int(Checkpointer(tmp_path, {}).restore(state()).step) == 2  # put back, it is believed again
+    # Following the advice goes on from the older one; with no other left, there is other advice.
+    flip(sealed[0])
+    flip(tmp_path / "checkpoints" / "1" / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"No older one is whole"):
+        Checkpointer(tmp_path, {}).restore(state())
+    flip(tmp_path / "checkpoints" / "1" / "manifest.json")
+    shutil.move(folder, tmp_path / "away")
+    assert int(Checkpointer(tmp_path, {}).restore(state()).step) == 1
+
+
+def test_the_manifest_says_what_the_run_stands_at(tmp_path):
+    saver = Checkpointer(tmp_path, {"sft": {"seed": 0}})
+    saver.save(5, state(7), {"position": {"prompt": 3}})
+    saver.close()
+    manifest = json.loads((tmp_path / "checkpoints" / "5" / "manifest.json").read_text())
+    assert manifest["step"] == 5 and manifest["extra"] == {"position": {"prompt": 3}}
+    assert manifest["identity"] == {"sft": {"seed": 0}}
+    assert manifest["key"] == jax.random.key_data(jax.random.key(7)).tolist()
+    assert manifest["versions"]["jax"] == jax.__version__ and {"flax", "orbax-checkpoint"} < set(manifest["versions"])
+    assert manifest["mesh"] == {} and manifest["processes"] == 1
+    reader = Checkpointer(tmp_path, {"sft": {"seed": 0}})
+    reader.restore(state())
+    assert reader.extra == {"position": {"prompt": 3}}
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_advice(tmp_path):
+    (tmp_path / "checkpoints").write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"the folder of checkpoints could not be written to .*no older one"):
+        Checkpointer(tmp_path, {})

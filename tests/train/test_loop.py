@@ -5,58 +5,12 @@ from __future__ import annotations
 import os
 import signal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindjax.data.loader import Loader
-from mindjax.data.packing import BatchShape, SampleSize, plan
-from mindjax.train.loop import Interrupted, NotFiniteError, fit
+from mindjax.train.loop import Interrupted, NotFiniteError
 from mindjax.train.metrics import read_metrics
-from mindjax.train.optimizer import OptimizerConfig
-from mindjax.train.state import TrainState
-from mindjax.train.step import train_step
-from mindjax.types import LossOutput
-
-CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=2)
-VALUES = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
-STEPS = 10
-
-
-def squared_distance(params, batch):
-    distance = jnp.sum((params["w"] - batch["x"]) ** 2)
-    return LossOutput(distance, jnp.float32(batch["x"].shape[0]))
-
-
-def loader(values=VALUES):
-    sizes = [SampleSize(1)] * len(values)
-    shape = BatchShape(rows=4, length=1)
-    return Loader(
-        lambda epoch: plan(sizes, shape, epoch=epoch),
-        lambda rows: {"x": np.stack([values[i] for row in rows for i in row])},
-        sizes,
-        steps=STEPS,
-    )
-
-
-def run(workdir, values=VALUES, before=lambda number: None, **options):
-    """A run; `before` is called with the number of each step."""
-    step = train_step(squared_distance, CONFIG)
-    fresh = TrainState.create({"w": jnp.zeros(3)}, CONFIG, jax.random.key(0))
-    number = 0
-
-    def observed(state, batch, rate):
-        nonlocal number
-        number += 1
-        before(number)
-        return step(state, batch, rate)
-
-    return fit(observed, fresh, loader(values), name="test", optimizer=CONFIG, workdir=workdir, identity={}, **options)
-
-
-def losses(workdir):
-    return [(record["step"], record["loss"], record["learning_rate"]) for record in read_metrics(workdir)]
+from tests.train.toy import STEPS, VALUES, loader, losses, run
 
 
 def test_every_step_is_reported_once_and_a_finished_run_is_only_restored(tmp_path, capsys):
