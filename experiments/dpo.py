@@ -6,12 +6,7 @@ mindjax dpo --config experiments/dpo.py:debug      random weights on drawn task 
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from ml_collections import ConfigDict
-
-from mindjax.train.spikes import SpikeConfig
-from sharding.layout import Layout
 
 SIZES = ("debug",)
 
@@ -31,8 +26,26 @@ def get_config(size: str = "") -> ConfigDict:
                 "length": 4096,
                 "micro_batches": 8,
                 "remat": "full",
-                "layout": asdict(Layout()),  # e.g. --config.train.layout.fsdp=8, see docs/parallelism.md
-                "spikes": asdict(SpikeConfig()),
+                "layout": {  # docs/parallelism.md
+                    "data": 1,
+                    "fsdp": 1,
+                    "stage": 1,
+                    "sequence": 1,
+                    "expert": 1,
+                    "tensor": 1,
+                    "pipeline_microbatches": 0,
+                    "pipeline_rounds": 1,
+                    "context": "ulysses",
+                    "dispatch": "auto",
+                },
+                "spikes": {
+                    "policy": "stop",  # skip, rewind
+                    "loss": 0.0,
+                    "grad_norm": 0.0,
+                    "window": 64,
+                    "allowed": 8,
+                    "keep_batches": 4,
+                },
                 "check_replicas_every": 0,
                 "dtype": "bfloat16",
                 "seed": 0,

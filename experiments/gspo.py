@@ -5,11 +5,7 @@
 `:debug` starts from random weights and ends within a minute; it shows that everything runs, not that it learns.
 """
 
-from dataclasses import asdict
-
 from ml_collections import ConfigDict
-
-from sharding.layout import Layout
 
 SIZES = ("debug",)
 
@@ -45,7 +41,6 @@ def get_config(size: str = "") -> ConfigDict:
     train.eps_high = 0.28
     train.dtype = "float32"
     train.remat = "none"
-    train.layout = ConfigDict(asdict(Layout()))  # e.g. --config.train.layout.fsdp=8, see docs/parallelism.md
     train.seed = 0
     train.checkpoint_every = 1 if debug else 20
     train.evaluate_every = 0
@@ -56,6 +51,18 @@ def get_config(size: str = "") -> ConfigDict:
     train.kl_coefficient = 0.0
     train.exclude_cut = "none"
     train.show_every = 0 if debug else 10
+
+    train.layout = layout = ConfigDict()  # docs/parallelism.md
+    layout.data = 1
+    layout.fsdp = 1
+    layout.stage = 1
+    layout.sequence = 1
+    layout.expert = 1
+    layout.tensor = 1
+    layout.pipeline_microbatches = 0
+    layout.pipeline_rounds = 1
+    layout.context = "ulysses"
+    layout.dispatch = "auto"
 
     train.reward = reward = ConfigDict()
     reward.correct = 1.0

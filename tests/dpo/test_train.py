@@ -17,6 +17,7 @@ from mindjax.train.metrics import read_metrics
 from mindjax.train.optimizer import OptimizerConfig
 from mindjax.train.spikes import SpikeConfig
 from mindjax.types import Sample
+from sharding.layout import Layout
 from tests.train import tiny
 
 MODEL = tiny.model()
@@ -136,6 +137,7 @@ CHANGED = {
     "drop_too_long": True,
     "checkpoint_every": 9,
     "keep_checkpoints": 5,
+    "layout": Layout(fsdp=2),
     "spikes": SpikeConfig("skip"),
     "check_replicas_every": 2,
 }
@@ -159,7 +161,10 @@ def test_every_setting_changes_something(monkeypatch, tmp_path):
 
     base = observe(CONFIG)
     for name, value in CHANGED.items():
-        if name == "drop_too_long":
+        if name == "layout":
+            with pytest.raises(ValueError, match="takes 2 devices"):
+                observe(replace(CONFIG, layout=value))
+        elif name == "drop_too_long":
             long = tiny.sample(np.random.default_rng(0), 40)
             with pytest.raises(ValueError, match="do not fit"):
                 observe(replace(CONFIG, length=64), [*pairs(8), Pair(long, long)])

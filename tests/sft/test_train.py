@@ -24,6 +24,7 @@ from mindjax.train.metrics import read_metrics
 from mindjax.train.optimizer import OptimizerConfig
 from mindjax.train.spikes import SpikeConfig
 from mindjax.train.step import train_step
+from sharding.layout import Layout
 from tests.train import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +183,7 @@ CHANGED = {
     "checkpoint_every": 9,
     "keep_checkpoints": 5,
     "evaluate_every": 3,
+    "layout": Layout(fsdp=2),
     "spikes": SpikeConfig("skip"),
     "check_replicas_every": 2,
 }
@@ -204,7 +206,10 @@ def test_every_setting_changes_something(monkeypatch, tmp_path):
 
     base = observe(CONFIG)
     for name, value in CHANGED.items():
-        if name == "drop_too_long":
+        if name == "layout":
+            with pytest.raises(ValueError, match="takes 2 devices"):
+                observe(replace(CONFIG, layout=value))
+        elif name == "drop_too_long":
             long = [*tiny.samples(12), tiny.sample(np.random.default_rng(0), 80)]
             with pytest.raises(ValueError, match="do not fit"):
                 observe(replace(CONFIG, length=64), long)
