@@ -40,6 +40,7 @@ EXPERIMENT_HELP = {
     "eval": "accuracy of a checkpoint on benchmarks",
     "results": "what each part of the RL stage does, in runs that differ in it alone",
 }
+ONE_PROCESS = ("eval", "results")  # the kinds that would do the same work in every process
 # Where a missing module is found: the extra of this distribution that brings it.
 EXTRA_OF_MODULE = {
     "sklearn": "quickstart",
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     try:
-        return arguments.function(arguments, rest)
+        return _leave(arguments.function(arguments, rest))
     except KeyboardInterrupt:
         again = " ".join(shlex.quote(argument) for argument in ["mindjax", *argv])
         goes_on = " it goes on from its last checkpoint with" if arguments.command in EXPERIMENT_HELP else " again with"
@@ -78,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"mindjax: {error}\n(--traceback shows where)", file=sys.stderr)
-    return 2
+    return _leave(2)
+
+
+def _leave(status: int) -> int:
+    """See `sharding.processes.leave`; where that is not loaded there is one process, and jax may not be installed."""
+    processes = sys.modules.get("sharding.processes")
+    return processes.leave(status) if processes else status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,7 +114,32 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--change-config", action="store_true", help="resume a run although its config is no longer the same"
         )
+        several = command.add_argument_group(
+            "one of several processes", "found by itself in Slurm, Kubernetes, TPU slices and `mindjax launch`"
+        )
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+        several.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
         command.epilog = "Any field of the config can be set: --config.optim.lr=1e-5"
+
+    launch = add("launch", run_launch, "run a command as several processes on this machine, on CPU devices")
+    launch.add_argument("--processes", type=int, required=True, metavar="N")
+    launch.add_argument(
+        "--devices-per-process", type=int, default=1, metavar="D", help="virtual CPU devices; default 1"
+    )
+    launch.add_argument(
+        "--timeout", type=int, default=30, metavar="S", help="until a dead or stopped process ends the job; default 30"
+    )
+    launch.add_argument(
+        "--step-timeout",
+        type=int,
+        default=0,
+        metavar="S",
+        help="until a step that does not finish ends it; default: none",
+    )
+    launch.add_argument(
+        "argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as  mindjax sft --config=..."
+    )
 
     generate = add("generate", run_generate, "answer a conversation with images")
     generate.add_argument("model_dir", metavar="MODEL_DIR", help="a Hugging Face folder")
@@ -150,6 +182,23 @@ def build_parser() -> argparse.ArgumentParser:
     parity.add_argument("--json", action="store_true", help="the result as one JSON line, the last one")
     parity.add_argument("--output", type=Path, metavar="DIR", help="write parity.json, parity.txt and heat maps there")
     parity.epilog = "Exit status 1 where an error is past its bound."
+    plan = add("plan", run_plan, "memory, exchanges and time of a training step on devices that are not here")
+    plan.add_argument("--model", required=True, help="a model folder, or a name such as qwen3-vl-30b-a3b")
+    plan.add_argument("--topology", required=True, help="v5p:4x4x4, v6e:16x16, v5e:4x4 (chips), h100:64, h200:8, cpu:8")
+    plan.add_argument("--batch", type=int, required=True, help="rows of an update, over all devices")
+    plan.add_argument("--length", type=int, required=True, help="tokens of a row")
+    plan.add_argument("--mesh", metavar="LAYOUT", help="fsdp=8,tensor=4; default: the fastest by the cost model")
+    plan.add_argument("--images", type=int, default=1, help="in a row; default 1")
+    plan.add_argument("--image-tokens", type=int, default=1024, help="of one; default 1024, a megapixel")
+    plan.add_argument("--micro-batches", type=int, default=0, help="accumulated into an update; default: chosen")
+    plan.add_argument("--remat", help="none, full, or names to keep: qkv,attention,mlp_hidden; default: chosen")
+    plan.add_argument("--search", action="store_true", help="compile the best few layouts, and write the winner")
+    plan.add_argument("--candidates", type=int, default=3, help="layouts that --search compiles; default 3")
+    plan.add_argument("--no-compile", action="store_true", help="the cost model alone; always so for GPUs")
+    plan.add_argument("--output", type=Path, metavar="FILE.py", help="write an experiment for `mindjax sft --config=`")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
+    plan.add_argument("--json", action="store_true", help="the result as one JSON line, the last one")
+    plan.epilog = "Exit status 1 where it does not fit."
     doctor = add("doctor", run_doctor, "what is installed, which devices, what is missing and how to get it")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
@@ -159,6 +208,7 @@ def run_experiment(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Loads the experiment, prepares its run directory and calls the main loop that its kind names."""
     from mindjax.allocator import keep_freed_memory
     from mindjax.experiment import load_experiment
+    from sharding import processes
 
     keep_freed_memory()
     overrides = [argument for argument in rest if argument.startswith("--config.")]
@@ -169,13 +219,17 @@ def run_experiment(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"{arguments.config} sets kind {kind!r}; it can be {', '.join(KINDS)}")
     if arguments.command not in ("run", kind):
         raise ValueError(f"{arguments.config} is of kind {kind!r}: call `mindjax {kind}` or `mindjax run`")
+    if processes.start(arguments.coordinator, arguments.processes, arguments.process_id) and kind in ONE_PROCESS:
+        raise ValueError(
+            f"{arguments.config} is of kind {kind!r}, which runs in one process: start it without the others"
+        )
     name, _, size = arguments.config.partition(":")
     workdir = arguments.workdir or Path("runs") / "-".join(filter(None, [Path(name).stem, size]))
     prepare_workdir(workdir, config, change_config=arguments.change_config)
     module, function = KINDS[kind].split(":")
     options = {"engines": {"vllm": vllm_engine}, "load_classifier": load_classifier} if kind == "rl" else {}
     getattr(importlib.import_module(module), function)(config, workdir, **options)
-    if kind == "rl":
+    if kind == "rl" and processes.is_first():
         from mindjax.evaluation import rollouts
 
         print(f"what the policy said, and its curves: {rollouts.write(workdir)}")
@@ -197,12 +251,13 @@ def load_classifier(folder: str) -> Any:
 
 
 def prepare_workdir(workdir: Path, config: Any, *, change_config: bool) -> None:
-    """Writes the exact command, versions and config into `workdir`.
+    """Writes the exact command, versions and config into `workdir`; of several processes the first one writes.
 
     Raises:
       ValueError: the directory holds a run with another config, and `change_config` is off.
     """
     from mindjax.train.checkpoint import differences
+    from sharding.processes import is_first
 
     path = workdir / "config.json"
     new = json.loads(config.to_json_best_effort())
@@ -213,8 +268,12 @@ def prepare_workdir(workdir: Path, config: Any, *, change_config: bool) -> None:
                 f"{workdir} holds a run with another config ({'; '.join(changes[:5])}{' ...' * (len(changes) > 5)}); "
                 f"choose another --workdir, remove that one, or resume it regardless with --change-config"
             )
+    if not is_first():
+        return
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n")
+    os.replace(draft, path)  # another process may be reading it
     with (workdir / "command.txt").open("a") as file:
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         file.write(f"{started}  {' '.join(shlex.quote(argument) for argument in ['mindjax', *sys.argv[1:]])}\n")
@@ -230,6 +289,20 @@ def versions() -> dict[str, str]:
         if not requirement.extra and requirement.installed:
             found[requirement.name] = requirement.installed
     return {**found, "mindjax": metadata.version("mindjax")}
+
+
+def run_launch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest, ["--processes", "--devices-per-process", "--timeout", "--step-timeout"])
+    from mindjax import launch
+
+    command = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
+    return launch.main(
+        command,
+        arguments.processes,
+        devices=arguments.devices_per_process,
+        timeout=arguments.timeout,
+        step_timeout=arguments.step_timeout,
+    )
 
 
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -278,6 +351,14 @@ def run_parity(arguments: argparse.Namespace, rest: list[str]) -> int:
     from mindjax.interop import parity_report
 
     return parity_report.main(arguments)
+
+
+def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest, ["--model", "--topology", "--batch", "--length", "--mesh", "--images", "--image-tokens", "--html",
+                   "--remat", "--micro-batches", "--search", "--candidates", "--no-compile", "--output"])  # fmt: skip
+    from mindjax.plan import plan
+
+    return plan.main(arguments)
 
 
 def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:

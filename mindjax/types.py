@@ -61,7 +61,8 @@ class Batch:
             return self
         rows, length = self.vision.patches.shape[-3:-1]
         offset = shard * (rows * length // merge_size**2)
-        return replace(self, vision_index=np.where(self.vision_index >= 0, self.vision_index + offset, -1))
+        index: Any = np.where(self.vision_index >= 0, self.vision_index + offset, -1)
+        return replace(self, vision_index=index)
 
 
 @jax.tree_util.register_dataclass

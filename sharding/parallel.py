@@ -89,7 +89,7 @@ class Parallel:
           axes: their logical axes.
 
         Returns:
-          (leaves, their specs). Zeros are layers too, which change nothing and whose gradient the pipeline drops.
+          (leaves, their specs). Layers of zeros add nothing to the residual stream, and their gradient has no place to go.
         """
         stages, rounds = self.layout.stage, self.layout.pipeline_rounds
 

@@ -118,7 +118,7 @@ def explicit(
     Raises:
       ValueError: see `start`.
     """
-    found = {
+    found: dict[str, Any] = {
         COORDINATOR: coordinator or environment.get(COORDINATOR) or None,
         PROCESSES: whole_number(PROCESSES, environment, None) if processes is None else processes,
         PROCESS_ID: whole_number(PROCESS_ID, environment, None) if process_id is None else process_id,
@@ -160,7 +160,8 @@ def find_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
         return {"cluster_detection_method": "slurm", "local_device_ids": _slurm_devices(environment)}
     if "OMPI_MCA_orte_hnp_uri" in environment and whole_number("OMPI_COMM_WORLD_SIZE", environment, 1) > 1:
         return {"cluster_detection_method": "ompi"}
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
         return {}
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return {}

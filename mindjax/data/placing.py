@@ -57,9 +57,11 @@ def global_batch(parts: Mapping[int, Any], shards: int, mesh: Mesh | None, merge
     def place(*leaves: Any) -> jax.Array:
         micro_batches, rows, *rest = leaves[0].shape
         of = dict(zip(numbers, leaves, strict=True))
-        return jax.make_array_from_callback(
-            (micro_batches, shards * rows, *rest), sharding, lambda index: of[(index[1].start or 0) // rows]
-        )
+
+        def shard(index: Any) -> Any:
+            return of[(index[1].start or 0) // rows]
+
+        return jax.make_array_from_callback((micro_batches, shards * rows, *rest), sharding, shard)
 
     return jax.tree.map(place, *shifted)
 

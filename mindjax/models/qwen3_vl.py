@@ -192,7 +192,7 @@ def forward(
         return x, (router, state)
 
     if links.layout.stage > 1:
-        x, router = _through_stages(block, x, beside, text["layers"], config.text, remat, links)
+        x, router = _through_stages(block, x, beside, text["layers"], remat, links)
         state = None
     else:
         layers = (text["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
@@ -203,7 +203,7 @@ def forward(
 
 
 def _through_stages(
-    block: Callable[..., Any], x: jax.Array, beside: Any, layers: Params, config: TextConfig, remat: Remat, links: Links
+    block: Callable[..., Any], x: jax.Array, beside: Any, layers: Params, remat: Remat, links: Links
 ) -> tuple[jax.Array, RouterStats | None]:
     """The layers as a pipeline, see `sharding.pipeline`; `layers` are those of this stage, [1, round, size, ...]."""
     layout = links.layout
@@ -225,10 +225,8 @@ def _through_stages(
         index = first + jnp.arange(size, dtype=jnp.int32)
 
         def layer(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, Any]:
-            out, (router, _) = block(x, layer, beside)
-            # Stages hold equally many layers; what is too many of them changes nothing and learns nothing.
-            exists = layer[1] < config.num_hidden_layers
-            return jnp.where(exists, out, x), jax.tree.map(lambda one: jnp.where(exists, one, 0.0), router)
+            x, (router, _) = block(x, layer, beside)
+            return x, router
 
         here = jax.tree.map(lambda leaf: leaf[0, turn], layers)
         return scan_layers(rematerialise(layer, remat, gathers=layout.fsdp > 1), x, (here, index))
