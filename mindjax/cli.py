@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that torch is not there
+    if "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("PJRT_NPROC", "32")  # threads: a collective blocks one for each device
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     try:

@@ -89,7 +89,7 @@ class Parallel:
           axes: their logical axes.
 
         Returns:
-          (leaves, their specs). Layers of zeros add nothing to the residual stream, and their gradient has no place to go.
+          (leaves, their specs). Layers of zeros add nothing to the residual stream, and their gradient is dropped.
         """
         stages, rounds = self.layout.stage, self.layout.pipeline_rounds
 

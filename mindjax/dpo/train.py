@@ -32,6 +32,7 @@ from mindjax.train.step import Terms, router_term, train_step
 from mindjax.types import Array, Batch, Sample
 from sharding.layout import Layout
 from sharding.parallel import Parallel
+from sharding.processes import is_first
 from sharding.remat import Remat
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def train(
         params = jax.device_put(params, shardings)
     reference = _reference(config, model, params, pairs, sizes, shape, parallel) if config.reference else None
     loader = _loader(config, pairs, sizes, shape, reference, parallel)
-    if loader.dropped:
+    if loader.dropped and is_first():
         print(f"{name}: left out {len(loader.dropped)} of {len(pairs)} pairs that fit no row of {shape}")
     identity = {
         "dpo": {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE},
@@ -344,4 +345,5 @@ def main(config: ConfigDict, workdir: Path) -> None:
     pairs = [render_pair(sample, processor) for sample in samples]
     result = train(run.train, model, params, pairs, workdir)
     export(workdir / "model", model, result.params, processor)
-    print(f"{result.steps} steps; the model is in {workdir / 'model'}")
+    if is_first():
+        print(f"{result.steps} steps; the model is in {workdir / 'model'}")

@@ -56,6 +56,7 @@ from mindjax.train.state import TrainState
 from mindjax.train.step import train_step
 from mindjax.types import Array, Sample
 from sharding.parallel import Parallel
+from sharding.processes import is_first
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -480,4 +481,5 @@ def main(
             run.train, model, params, samples, processor, workdir, engine=engine, load_classifier=load_classifier
         )
     export(workdir / "model", model, result.params, processor)
-    print(f"{result.steps} steps; the model is in {workdir / 'model'}")
+    if is_first():
+        print(f"{result.steps} steps; the model is in {workdir / 'model'}")

@@ -28,6 +28,7 @@ from mindjax.train.step import Terms, eval_step, router_term, train_step
 from mindjax.types import Batch, LossOutput
 from sharding.layout import Layout
 from sharding.parallel import Parallel
+from sharding.processes import is_first
 from sharding.remat import Remat
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def train(
     check_batch(config.layout, shape.rows * shards, shape.length)
     shardings = None if parallel is None else qwen3_vl.shardings(model, parallel)
     loader = _loader(config, samples, shape, difficulty, repeats, parallel)
-    if loader.dropped:
+    if loader.dropped and is_first():
         print(f"{name}: left out {len(loader.dropped)} of {len(samples)} samples that fit no row of {shape}")
     loss = SFTLoss(model, config.average, config.remat, parallel)
     step = train_step(loss, config.optimizer, config.dtype)
@@ -261,4 +262,5 @@ def main(config: ConfigDict, workdir: Path) -> None:
     held_out = RenderedSamples(run.held_out.load(), processor) if run.held_out else ()
     result = train(run.train, model, params, RenderedSamples(samples, processor), workdir, held_out=held_out)
     export(workdir / "model", model, result.params, processor)
-    print(f"{result.steps} steps; the model is in {workdir / 'model'}")
+    if is_first():
+        print(f"{result.steps} steps; the model is in {workdir / 'model'}")
