@@ -78,7 +78,8 @@ class Links:
         Args:
           p: a tree of local parts.
           axes: the same tree with logical axis names; leading ones, of dimensions that have been indexed away, are
-            left out.
+            left out. Not read where no device has a part.
+          over: mesh axes.
         """
 
         def one(leaf: Array, names: tuple[str, ...]) -> Array:

@@ -17,7 +17,7 @@ def reshard(tree: Any, shardings: Any) -> Any:
         between devices.
     """
     leaves, form = jax.tree.flatten(tree)
-    places = form.flatten_up_to(shardings)
+    places = jax.tree.leaves(shardings)
     here = {device for leaf in leaves for device in leaf.sharding.device_set}
     there = {device for place in places for device in place.device_set}
     if here != there:

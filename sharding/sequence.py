@@ -173,7 +173,7 @@ def _ring_backward(
         other = jax.tree.map(
             partial(jnp.where, earlier), (keys[0], values[0], theirs[0]), (keys[1], values[1], theirs[1])
         )
-        dq, dk, dv = grad(which, *other, whole)
+        dq, dk, dv = grad(which, other[0], other[1], other[2], whole)
         zero = jnp.float32(0)
         d_low, d_high = d_low + jnp.where(earlier, dq, zero), d_high + jnp.where(earlier, zero, dq)
         dks = [dks[0] + jnp.where(earlier, dk, zero), dks[1] + jnp.where(earlier, zero, dk)]

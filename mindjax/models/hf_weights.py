@@ -365,6 +365,7 @@ def _to_host(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
         return np.asarray(leaf)
     if not leaf.is_fully_addressable:
+        assert isinstance(leaf.sharding, NamedSharding)
         whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
         return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(leaf).addressable_data(0))
     host = np.empty(leaf.shape, leaf.dtype)

@@ -92,8 +92,7 @@ def moe(
     if links.layout.expert > 1 and travels(links.layout, choices):
         y = _by_travel(params, flat, weights, order, Journey.of(load, links.layout.expert))
     elif links.layout.expert > 1:
-        everyone = [links.gather(part, ("expert",), 0) for part in (flat, chosen, weights)]
-        y = links.scatter_sum(_by_share(params, *everyone, experts // links.layout.expert, links), "expert", 0)
+        y = _by_share(params, flat, chosen, weights, experts // links.layout.expert, links)
     else:
         y = _answers(params, flat, weights, order, load)
 
@@ -124,11 +123,13 @@ def _products(params: dict[str, Array], rows: Array, weights: Array, group_sizes
 
 
 def _by_share(params: dict[str, Array], x: Array, chosen: Array, weights: Array, count: int, links: Links) -> Array:
-    """What this device's `count` experts answer to the tokens of all devices; of others' choices nothing."""
+    """What the experts of all devices, `count` on each, answer to this device's tokens, of which all get a copy."""
+    x, chosen, weights = (links.gather(part, ("expert",), 0) for part in (x, chosen, weights))
     chosen = chosen - links.index("expert") * count
     chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
     group_sizes = jnp.sum(_taken(chosen, count), axis=0, dtype=jnp.int32)
-    return _answers(params, x, weights, jnp.argsort(chosen.reshape(-1), stable=True), group_sizes)
+    answers = _answers(params, x, weights, jnp.argsort(chosen.reshape(-1), stable=True), group_sizes)
+    return links.scatter_sum(answers, "expert", 0)
 
 
 def _by_travel(params: dict[str, Array], x: Array, weights: Array, order: Array, journey: Journey) -> Array:

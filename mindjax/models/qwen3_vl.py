@@ -165,10 +165,10 @@ def forward(
       hidden states after the final norm, and router statistics. With several devices [B, T / (sequence x tensor), H],
       zero but on the last stage, and the statistics of the stage's layers.
     """
-    text, text_axes = params["text"], (axes or {"text": {"layers": None, "embed": None}})["text"]
+    text, text_axes = params["text"], axes and axes["text"]
     if vision_features is None and batch.vision is not None:
         vision_features = _whole_features(params, config, batch, remat, links, axes)
-    x = embed(links.weights(text["embed"], text_axes["embed"]), batch.tokens, links)
+    x = embed(links.weights(text["embed"], text_axes and text_axes["embed"]), batch.tokens, links)
     deepstack, places = None, None
     if vision_features is not None:
         index = links.own_tokens(batch.vision_index)
@@ -185,7 +185,7 @@ def forward(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             return row_attention(q, k, v, segments, links), (k, v) if keep_kv else None
 
-        p = links.weights(p, text_axes["layers"])
+        p = links.weights(p, text_axes and text_axes["layers"])
         x, router, state = decoder_layer(p, x, rope, segments, config.text, attend, links)
         if deepstack is not None and len(deepstack):
             x = _add_deepstack(x, deepstack, index, places)

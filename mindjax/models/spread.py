@@ -182,10 +182,10 @@ _TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask", "vision_inde
 
 
 def _batch_specs(batch: Batch) -> Batch:
-    vision = None
+    fields: dict[str, Any] = dict.fromkeys(_TOKEN_FIELDS, _ROWS)
     if batch.vision is not None:
-        vision = jax.tree.map(lambda _: partition_spec(("vision_batch",)), batch.vision)
-    return replace(batch, vision=vision, **dict.fromkeys(_TOKEN_FIELDS, _ROWS))
+        fields["vision"] = jax.tree.map(lambda _: partition_spec(("vision_batch",)), batch.vision)
+    return replace(batch, **fields)
 
 
 def _even_rows(vision: VisionInputs, layout: Layout) -> VisionInputs:

@@ -123,15 +123,14 @@ def encode(
       tokens [M, H] and DeepStack features [levels, M, H].
     """
     blocks, others = p["blocks"], {name: branch for name, branch in p.items() if name != "blocks"}
-    axes = axes or {"blocks": None}
-    p = links.weights(others, {name: axes[name] for name in others if name in axes}, WEIGHTS_OVER)
+    p = links.weights(others, axes and {name: axes[name] for name in others}, WEIGHTS_OVER)
     x = embed_patches(p, vision, config)
     rope = vision_rope(vision.coordinates, config)
 
     def block(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, Any], jax.Array]) -> tuple[Any, None]:
         x, taps = carry
         p, level = layer
-        p = links.weights(p, axes["blocks"], WEIGHTS_OVER)
+        p = links.weights(p, axes and axes["blocks"], WEIGHTS_OVER)
         x = x + vision_attention(p, x, rope, vision.segment_ids, config)
         x = x + vision_mlp(p, x)
         # A tap is kept in the carry, not as a scan output, so that depth x patches is never materialised.

@@ -70,7 +70,7 @@ def _forward(
 
 def _backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[Any, ...]:
     nothing = [np.zeros(ids.shape, jax.dtypes.float0) for ids in saved[3:6]]
-    return (*attend_grad(*saved, g), *nothing)
+    return (*attend_grad(*(*saved, g)), *nothing)
 
 
 _attention.defvjp(_forward, _backward)

@@ -30,7 +30,7 @@ def open_model(
     Raises:
       ValueError: neither a folder nor a name, or a catalog name without `max_pixels`.
     """
-    model, params = catalog.load(name, dtype="float32", parallel=layout and Parallel.of(layout))
+    model, params = catalog.load(name, dtype="float32", parallel=None if layout is None else Parallel.of(layout))
     if Path(name).is_dir():
         processor = Processor.from_pretrained(name)
         if max_pixels:
