@@ -18,6 +18,8 @@ Array = jax.Array
 
 # Logits of one chunk, in numbers: 2**24 float32 are 64 MiB, a few of which live at once in the backward pass.
 CHUNK_LOGITS = 2**24
+# Places of a chunk at least, on accelerators: the head is read once for each chunk, and fewer do not pay for that.
+LEAST_PLACES = 1024
 
 
 def token_logprobs(
@@ -38,7 +40,7 @@ def token_logprobs(
       temperature: > 0; logits are divided by it before the softmax, so that both results are those of the
         distribution that sampling at this temperature draws from. No gradient reaches it.
       chunk: places whose logits exist at once, forward and backward; None chooses by V so that a chunk holds
-        at most `CHUNK_LOGITS` numbers.
+        at most `CHUNK_LOGITS` numbers, or `LEAST_PLACES` places where there is no CPU.
       axis: of a mesh, over which the vocabulary is split, in order: V is then a device's share, and targets count
         through all shares. The results are the same on every device. To be called inside `jax.shard_map`.
 
@@ -52,7 +54,7 @@ def token_logprobs(
         raise ValueError(f"temperature must be positive, got {temperature}; greedy decoding has no log-probabilities")
     temperature = jnp.asarray(temperature, jnp.float32)
     places, vocabulary = hidden.shape[0], head.shape[1]
-    chunk = chunk or max(1, CHUNK_LOGITS // vocabulary)
+    chunk = chunk or max(1 if jax.default_backend() == "cpu" else LEAST_PLACES, CHUNK_LOGITS // vocabulary)
     if places <= chunk:
         return _chunk_logprobs(hidden, head, targets, temperature, axis)
 
