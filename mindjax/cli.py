@@ -194,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--image-tokens", type=int, default=1024, help="of one; default 1024, a megapixel")
     plan.add_argument("--micro-batches", type=int, default=0, help="accumulated into an update; default: chosen")
     plan.add_argument("--remat", help="none, full, or names to keep: qkv,attention,mlp_hidden; default: chosen")
+    plan.add_argument("--recompute", action="store_true", help="what each operator's recompute saves and costs")
     plan.add_argument("--search", action="store_true", help="compile the best few layouts, and write the winner")
     plan.add_argument("--candidates", type=int, default=3, help="layouts that --search compiles; default 3")
     plan.add_argument("--no-compile", action="store_true", help="the cost model alone; always so for GPUs")
@@ -357,7 +358,8 @@ def run_parity(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest, ["--model", "--topology", "--batch", "--length", "--mesh", "--images", "--image-tokens", "--html",
-                   "--remat", "--micro-batches", "--search", "--candidates", "--no-compile", "--output"])  # fmt: skip
+                   "--remat", "--micro-batches", "--recompute", "--search", "--candidates", "--no-compile",
+                   "--output"])  # fmt: skip
     from mindjax.plan import plan
 
     return plan.main(arguments)

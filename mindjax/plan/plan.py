@@ -16,7 +16,7 @@ from mindjax.config import ModelConfig
 from mindjax.models import qwen3_vl
 from mindjax.models.catalog import CATALOG
 from mindjax.models.safetensors_io import read_json
-from mindjax.plan import program, roofline, search
+from mindjax.plan import program, recompute, roofline, search
 from mindjax.plan.compile import Compiled, compile_step
 from mindjax.plan.cost import Job, check
 from mindjax.plan.hardware import Topology, places
@@ -59,6 +59,8 @@ def main(arguments: argparse.Namespace) -> int:
             break
     plan = min(plans, key=lambda plan: (not plan.fits, plan.prediction.step))
     print(plan.as_text())
+    if arguments.recompute:
+        print("\n" + recompute.as_text(plan.candidate.job))
     if len(plans) > 1:
         print("\nCompiled candidates:")
         for other in plans:
