@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 # From the slowest links to the fastest: tensor parallel exchanges in every layer, data parallel once a step.
@@ -35,7 +36,10 @@ def make_mesh(sizes: dict[str, int] | None = None, *, devices: Sequence[jax.Devi
             f"the mesh {wanted} takes {math.prod(shape)} devices and there are {len(given)}: change a size, or pass "
             "devices= (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
         )
-    # Auto: under Explicit, jax's default, embedding gathers and sharded contractions must be annotated or raise.
     if devices is None:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # knows the physical topology
-    return Mesh(np.asarray(given, dtype=object).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        # Knows the physical topology. A mesh axis may take part of a dimension of the torus, which jax.make_mesh refuses.
+        laid_out = mesh_utils.create_device_mesh(shape, given, allow_split_physical_axes=True)
+    else:
+        laid_out = np.asarray(given, dtype=object).reshape(shape)
+    # Auto: under Explicit, jax's default, what lies outside of `shard_map` must be annotated or raises.
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))

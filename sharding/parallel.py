@@ -45,11 +45,6 @@ class Parallel:
         return cls(layout, layout.mesh(devices))
 
     @property
-    def platform(self) -> str:
-        """Of the devices: "cpu", "gpu", "tpu"."""
-        return self.mesh.devices.flat[0].platform
-
-    @property
     def links(self) -> Links:
         return Links(self.layout)
 
