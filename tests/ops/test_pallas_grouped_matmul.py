@@ -138,13 +138,16 @@ def compile_for(topology: str, shapes: list[tuple[int, int, int, int]], dtypes: 
     assert LIBTPU.is_dir() or importlib.util.find_spec("libtpu"), f"no TPU compiler in {LIBTPU}; run .ci/setup test"
     result = subprocess.run(
         [sys.executable, "-c", COMPILE, topology, json.dumps(cases)],
-        # No queries of a cloud's metadata server, which answers nobody here.
         env={
-            **os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",  # no queries of a cloud's metadata server, which answers nobody here
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a plan may be compiling
             "PYTHONPATH": f"{ROOT}:{LIBTPU}",
-        },  # fmt: skip
-        capture_output=True, text=True,
-    )  # fmt: skip
+        },
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
     assert len(lines) == 3 * len(cases)
