@@ -37,7 +37,7 @@ def make_mesh(sizes: dict[str, int] | None = None, *, devices: Sequence[jax.Devi
             "devices= (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
         )
     if devices is None:
-        # Knows the physical topology. A mesh axis may take part of a dimension of the torus, which jax.make_mesh refuses.
+        # Knows the torus. A mesh axis may take a part of one of its dimensions, which jax.make_mesh refuses.
         laid_out = mesh_utils.create_device_mesh(shape, given, allow_split_physical_axes=True)
     else:
         laid_out = np.asarray(given, dtype=object).reshape(shape)
