@@ -212,7 +212,7 @@ def test_loop_ends_when_every_row_has(dense: tuple[Any, ...], monkeypatch: pytes
     step = sampler._decode_step
 
     def counting(*args: Any) -> Any:
-        jax.debug.callback(lambda index: steps.append(int(index)), args[-1])
+        jax.debug.callback(lambda index: steps.append(int(index)), args[-2])
         return step(*args)
 
     monkeypatch.setattr(sampler, "_decode_step", counting)
