@@ -21,6 +21,7 @@ USE_OF_EXTRA = {
     "vllm-cuda": "vLLM on an NVIDIA GPU",
     "cuda": "JAX on NVIDIA GPUs",
     "tpu": "JAX on TPUs",
+    "plan": "compiling for TPUs that are not there, pictures of plans",
     "notebooks": "executing the notebooks",
     "dev": "tests, lint and types",
 }
