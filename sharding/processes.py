@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+Value = TypeVar("Value")
 
 # What `mindjax launch`, the job files in experiments/cluster and anyone's own launcher set.
 COORDINATOR, PROCESSES, PROCESS_ID = "MINDJAX_COORDINATOR", "MINDJAX_PROCESSES", "MINDJAX_PROCESS_ID"
@@ -98,6 +103,18 @@ def start(
 def is_first() -> bool:
     """Whether this process prints and writes for the job; touches no device where there is one process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What `make` gives in the first process, in all of them; it must fit JSON. All processes call it together."""
+    if jax.process_count() == 1:
+        return make()
+    text = json.dumps(make()).encode() if is_first() else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    # Powers of two, so that few lengths are compiled.
+    padded = np.zeros(1 << max(10, length.bit_length()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)[:length]))
 
 
 def leave(status: int) -> int:

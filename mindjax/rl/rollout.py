@@ -24,6 +24,7 @@ from mindjax.models.vision import VisionFeatures
 from mindjax.rl.engine import NativeEngine, Pictures, RolloutEngine
 from mindjax.rl.rewards import Rewarder, Scored
 from mindjax.types import Array, Batch, Completion, Sample, Segment, Trajectory
+from sharding.processes import from_first
 
 Params = dict[str, Any]
 
@@ -176,11 +177,17 @@ def roll_out(
     else:
         played = play(engine, prompts, sampling, seed, step)
     sampled = time.monotonic()
-    groups = []
-    for prompt, trajectories in zip(prompts, played, strict=True):
-        parts = tuple(rewarder.parts(trajectory, prompt.sample) for trajectory in trajectories)
-        scores = tuple(rewarder.combine(part, prompt.sample) for part in parts)
-        groups.append(Group(prompt, tuple(trajectories), parts, scores))
+    # One process judges for all: a verifier's timeout may strike in one and not in another.
+    judged = from_first(
+        lambda: [
+            [rewarder.parts(trajectory, prompt.sample) for trajectory in trajectories]
+            for prompt, trajectories in zip(prompts, played, strict=True)
+        ]
+    )
+    groups = [
+        Group(prompt, tuple(trajectories), tuple(parts), tuple(rewarder.combine(part, prompt.sample) for part in parts))
+        for prompt, trajectories, parts in zip(prompts, played, judged, strict=True)
+    ]
     return Rollout(tuple(groups), pictures, sampled - began, time.monotonic() - sampled)
 
 

@@ -97,13 +97,18 @@ def train(
 
     Raises:
       ValueError: fewer samples than `prompts_per_step`, samples without an answer, a checkpoint of another
-        configuration.
+        configuration, several processes with overlap or another engine than the native one.
       NotFiniteError: loss or gradient is not finite.
       Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
     """
     began, workdir = time.monotonic(), Path(workdir)
     if len(samples) < config.prompts_per_step:
         raise ValueError(f"rl: {config.prompts_per_step} prompts_per_step, but there are only {len(samples)} samples")
+    if jax.process_count() > 1 and (config.rollout.overlap or config.rollout.engine != "native"):
+        raise ValueError(
+            "rl: several processes must start the same work in the same order; set rollout.engine to native and "
+            "rollout.overlap to False"
+        )
     first = Prompt.of if environment is None else environment.prompt
     prompts = [first(i, sample, processor) for i, sample in enumerate(samples)]
     free = [name for name in FREE_TO_CHANGE if not (name == "checkpoint_every" and config.rollout.overlap)]
@@ -295,7 +300,7 @@ class _Loop(ExitStack):
                 "update_seconds": updated - compared,
                 "transfer_seconds": rolling.transfer_seconds,
             },
-            int(sum((np.asarray(batch.batch.segment_ids) > 0).sum() for batch in batches)),
+            sum(len(trajectory.rendered.tokens) for group in groups for trajectory in group.trajectories),
         )
 
     def start(self, params: Params, number: int, version: int) -> _Ahead:

@@ -21,10 +21,10 @@ BOUND = 1e-5
 
 
 def run(
-    layout: str, workdir: Path, *, processes: int, devices: int, steps: int, kill_at: int = 0
+    layout: str, workdir: Path, *, processes: int, devices: int, steps: int, job: str = "sft", kill_at: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """`tests.train.several` in so many processes, with so many devices each; one process is no job."""
-    program = ["-m", "tests.train.several", layout, str(workdir), str(steps)]
+    program = ["-m", "tests.train.several", job, layout, str(workdir), str(steps)]
     launch = [
         "-m",
         "mindjax.cli",
@@ -82,6 +82,16 @@ def test_every_axis_between_two_processes_is_exact(layout: str, tmp_path: Path) 
     losses, reference = result(one, tmp_path / "one", 1)
     again, params = result(two, tmp_path / "two", 2)
     assert again == losses and farthest(params, reference) == 0.0
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("job", ["dpo", "gspo"])
+def test_other_jobs_in_two_processes_are_exact(job: str, tmp_path: Path) -> None:
+    one = run("fsdp=2", tmp_path / "one", processes=1, devices=2, steps=3, job=job)
+    two = run("fsdp=2", tmp_path / "two", processes=2, devices=1, steps=3, job=job)
+    losses, reference = result(one, tmp_path / "one", 1)
+    again, params = result(two, tmp_path / "two", 2)
+    assert losses[0] != losses[2] and again == losses and farthest(params, reference) == 0.0
 
 
 @pytest.mark.prove
