@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -36,6 +38,7 @@ def make_mesh(sizes: dict[str, int] | None = None, *, devices: Sequence[jax.Devi
             f"the mesh {wanted} takes {math.prod(shape)} devices and there are {len(given)}: change a size, or pass "
             "devices= (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
         )
+    _check_threads(given)
     if devices is None:
         # Knows the torus. A mesh axis may take a part of one of its dimensions, which jax.make_mesh refuses.
         laid_out = mesh_utils.create_device_mesh(shape, given, allow_split_physical_axes=True)
@@ -43,3 +46,15 @@ def make_mesh(sizes: dict[str, int] | None = None, *, devices: Sequence[jax.Devi
         laid_out = np.asarray(given, dtype=object).reshape(shape)
     # Auto: under Explicit, jax's default, what lies outside of `shard_map` must be annotated or raises.
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_threads(devices: Sequence[jax.Device]) -> None:
+    """Warns where virtual CPU devices would wait for each other for ever: a collective blocks a thread of each."""
+    here = sum(device.process_index == jax.process_index() for device in devices)
+    threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
+    if devices[0].platform == "cpu" and here > 1 and threads < 2 * here:
+        warnings.warn(
+            f"{here} CPU devices share {threads} threads of XLA, and collectives may hang: set the environment variable "
+            f"PJRT_NPROC to {max(32, 4 * here)} before the first use of jax",
+            stacklevel=3,
+        )

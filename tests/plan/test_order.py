@@ -29,7 +29,7 @@ FLAGS = (
 def test_measured_order_is_the_predicted_one() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tests.plan.order", *LAYOUTS], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "PJRT_NPROC": "32"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     measured = dict(json.loads(line) for line in result.stdout.splitlines() if line.startswith("["))

@@ -94,10 +94,15 @@ def test_without_a_tpu_compiler(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("model", "layout"), [("tiny", "fsdp=4,tensor=2"), ("tiny-moe", "fsdp=2,tensor=2,expert=2")])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("tiny", "fsdp=4,tensor=2"), ("tiny-moe", "fsdp=2,tensor=2,expert=2"), ("tiny-moe", "expert=8,dispatch=ragged")],
+)
 def test_real_step_for_a_tpu_slice(model: str, layout: str) -> None:
     job = Job(model_config(model), Layout.parse(layout), batch=16, length=512, images=1, image_tokens=36, remat="full")
     compiled = compile_step(job, Topology.parse("v5p:2x2x2"))
     found = read(compiled.text, job.layout.sizes)
     assert not found.unknown_loops and not found.uncounted
     assert not unexpected(found, stacks(job.model), job.model.text.vocab_size, job.layout.sizes)
+    exchanges = {collective.kind for collective in found.collectives if "expert" in collective.sent}
+    assert ("ragged-all-to-all" in exchanges) == (job.layout.dispatch == "ragged")
