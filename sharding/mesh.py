@@ -54,7 +54,7 @@ def _check_threads(devices: Sequence[jax.Device]) -> None:
     threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
     if devices[0].platform == "cpu" and here > 1 and threads < 2 * here:
         warnings.warn(
-            f"{here} CPU devices share {threads} threads of XLA, and collectives may hang: set the environment variable "
-            f"PJRT_NPROC to {max(32, 4 * here)} before the first use of jax",
+            f"{here} CPU devices share {threads} threads of XLA, and collectives may hang: set the environment "
+            f"variable PJRT_NPROC to {max(32, 4 * here)} before the first use of jax",
             stacklevel=3,
         )

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mindjax.config import ModelConfig
 from mindjax.data.packing import BatchShape, SampleSize, bucket, size_of
 from mindjax.inference.cache import Generated, Prefix, decode_attention
+from mindjax.inference.draw import draw as draw_token
 from mindjax.inference.pictures import encode_pictures, offset_index, prompt_batches, table_size
 from mindjax.inference.redundancy import Cycles
 from mindjax.models.qwen3_vl import Params, decoder_layer, embed, forward, logical_axes, logits
@@ -410,11 +411,15 @@ def decode(
     keys = jax.random.wrap_key_data(key_data.reshape(rows, -1), impl=impl)
     positions, limits = jnp.repeat(positions, samples), limits.reshape(rows)
     exists = jnp.repeat(jnp.any(prefix.segment_ids != 0, axis=1), samples)
+    banned = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
 
     def draw(state: _State, scores: Array) -> _State:
         """Adds a token to every row that is not done."""
         row, step, answers = state.generated.row, state.step, state.answers
-        token, logprob = _sample(scores, keys[row], step, controls, config)
+        token, logprob = draw_token(
+            scores, keys[row], step, temperature=controls.temperature, top_k=controls.top_k, top_p=controls.top_p,
+            banned=banned,
+        )  # fmt: skip
         reason = jnp.any(token[:, None] == controls.stop_token_ids[None], axis=1).astype(jnp.int32)
         cycles = state.cycles
         if cycles is not None:
@@ -531,50 +536,3 @@ def _decode_step(
     numbers = jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32)
     (x, generated), _ = scan_layers(block, (x, generated), (params["text"]["layers"], numbers))
     return rms_norm(x[:, 0], params["text"]["norm"], config.text.rms_norm_eps), generated
-
-
-def _sample(scores: Array, keys: Array, step: Array, controls: _Controls, config: ModelConfig) -> tuple[Array, Array]:
-    """Draws a token per row from float32 scores [R, V]: (tokens [R], their log-probabilities [R])."""
-    greedy = controls.temperature <= 0
-    scores = scores / jnp.where(greedy, jnp.float32(1), controls.temperature)
-    normaliser = jax.nn.logsumexp(scores, axis=-1)
-    vocabulary = jnp.arange(scores.shape[1], dtype=jnp.int32)
-    pictures = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
-    banned = jnp.any(vocabulary[:, None] == jnp.asarray(pictures, jnp.int32)[None], axis=1)
-    scores = jnp.where(banned[None], -jnp.inf, scores)
-
-    def truncated(scores: Array) -> tuple[Array, Array]:
-        left = _truncate(scores, controls.top_k, controls.top_p)
-        return left, jax.nn.logsumexp(left, axis=-1)
-
-    # Sorting the vocabulary costs more than the rest of this function; `cond` leaves it out unless asked for.
-    limits = (controls.top_k > 0) | (controls.top_p < 1)
-    scores, normaliser = jax.lax.cond(limits, truncated, lambda scores: (scores, normaliser), scores)
-
-    def noise(keys: Array) -> Array:
-        # argmax(scores + Gumbel noise) is a draw from softmax(scores).
-        by_step = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-        return jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:], jnp.float32))(by_step)
-
-    noisy = jax.lax.cond(greedy, lambda keys: scores, lambda keys: scores + noise(keys), keys)
-    tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - normaliser
-
-
-def _truncate(scores: Array, top_k: Array, top_p: Array) -> Array:
-    """-inf for all but the `top_k` best, and of these all but the first whose probabilities reach `top_p`.
-
-    As in transformers: top_k comes first, and top_p is a share of what it leaves; the best token always stays. Equal
-    scores at the edge stay together.
-    """
-    ranked = jnp.flip(jnp.sort(scores, axis=-1), axis=-1)
-    size = scores.shape[-1]
-    rank = jnp.arange(size, dtype=jnp.int32)
-    ranked = jnp.where((rank < jnp.where(top_k > 0, top_k, size))[None], ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A sum of probabilities may round to 1 before the last of them: without top_p all stay.
-    kept = ((before < top_p) | (top_p >= 1)) & (ranked > -jnp.inf)
-    edge = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scores >= edge, scores, -jnp.inf)

@@ -285,48 +285,6 @@ def test_picture_tokens_are_never_drawn(dense: tuple[Any, ...]) -> None:
     )
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.6), (5, 0.7), (0, 1e-6), (1, 1.0)])
-def test_top_k_and_top_p_against_their_definition(top_k: int, top_p: float) -> None:
-    config = DENSE
-    rng = np.random.default_rng(1)
-    scores = (2 * rng.normal(size=(1, config.text.vocab_size))).astype(np.float32)
-    draws = 4000
-    sampling = SamplingConfig(temperature=1.3, top_k=top_k, top_p=top_p)
-    keys = sampling_keys(0, 0, range(draws), 1)[:, 0]
-    draw = jax.jit(lambda s, k: sampler._sample(s, k, jnp.int32(0), sampler._Controls.of(sampling), config))
-    tokens, logprobs = map(np.asarray, draw(jnp.repeat(jnp.asarray(scores), draws, axis=0), keys))
-
-    scaled = scores[0].astype(np.float64) / 1.3
-    scaled[pictures(config)] = -np.inf
-    kept: list[int] = []
-    order = np.argsort(-scaled)[: top_k or None]
-    p = np.exp(scaled[order]) / np.exp(scaled[order]).sum()
-    for token, before in zip(order, np.cumsum(p) - p, strict=True):
-        if before < top_p:
-            kept.append(int(token))
-    expected = np.exp(scaled[kept]) / np.exp(scaled[kept]).sum()
-    assert set(tokens.tolist()) <= set(kept)
-    for token, probability in zip(kept, expected, strict=True):
-        share = (tokens == token).mean()
-        assert abs(share - probability) < 5 * np.sqrt(probability * (1 - probability) / draws) + 1e-9
-        np.testing.assert_allclose(logprobs[tokens == token], np.log(probability), rtol=0, atol=1e-5)
-
-
-def test_draws_follow_the_softmax_at_the_temperature() -> None:
-    rng = np.random.default_rng(2)
-    scores = (2 * rng.normal(size=(1, DENSE.text.vocab_size))).astype(np.float32)
-    draws, sampling = 20_000, SamplingConfig(temperature=0.5)
-    keys = sampling_keys(3, 0, range(draws), 1)[:, 0]
-    draw = jax.jit(lambda s, k: sampler._sample(s, k, jnp.int32(9), sampler._Controls.of(sampling), DENSE))
-    tokens, logprobs = map(np.asarray, draw(jnp.repeat(jnp.asarray(scores), draws, axis=0), keys))
-    full = np.exp(scores[0].astype(np.float64) / 0.5)
-    np.testing.assert_allclose(logprobs, np.log(full / full.sum())[tokens], rtol=0, atol=1e-5)
-    full[pictures(DENSE)] = 0
-    expected = full / full.sum()
-    counts = np.bincount(tokens, minlength=len(expected))
-    assert (np.abs(counts / draws - expected) < 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-9).all()
-
-
 def test_steady_state_compiles_nothing(dense: tuple[Any, ...]) -> None:
     """Other prompts, lengths, images, temperatures, limits and stop tokens within the buckets."""
     _, config, params, prompts = dense

@@ -102,7 +102,7 @@ def _kill_in_step(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return call(self, *arguments)
 
-    TrainStep.__call__ = counted  # type: ignore[method-assign]
+    TrainStep.__call__ = counted  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
