@@ -26,6 +26,7 @@ from mindjax.models.qwen3_vl import Params, decoder_layer, embed, forward, logic
 from mindjax.models.rope import text_rope
 from mindjax.models.spread import cut_params, parameter_axes, whole_gate_up
 from mindjax.models.vision import VisionFeatures
+from mindjax.ops.layer import in_place
 from mindjax.ops.norm import rms_norm
 from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, Completion
@@ -523,9 +524,13 @@ def _decode_step(
     rope = text_rope(jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3)), config.text)
     segments = (~done).astype(jnp.int32)[:, None]  # finished rows are padding: no expert sees them
 
-    def block(carry: tuple[Array, Generated], layer: tuple[Params, Array]) -> Any:
+    sliced, whole = params["text"]["layers"], lambda p, _: p
+    if links == ONE_DEVICE:
+        sliced, whole = in_place(sliced)
+
+    def block(carry: tuple[Array, Generated], layer: tuple[Any, Array]) -> Any:
         x, cache = carry
-        p, number = layer
+        p, number = whole(*layer), layer[1]
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Generated]:
             return decode_attention(q, k, v, prefix, cache, number, index)
@@ -534,5 +539,5 @@ def _decode_step(
         return (x, cache), None
 
     numbers = jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32)
-    (x, generated), _ = scan_layers(block, (x, generated), (params["text"]["layers"], numbers))
+    (x, generated), _ = scan_layers(block, (x, generated), (sliced, numbers))
     return rms_norm(x[:, 0], params["text"]["norm"], config.text.rms_norm_eps), generated

@@ -16,7 +16,8 @@ from jax import lax
 
 from kernels_cuda import jax_binding, library
 from mindjax.ops.bits import from_bits, to_bits
-from mindjax.ops.dispatch import on_cpu_and_cuda
+from mindjax.ops.dispatch import on_cpu, on_cpu_and_cuda
+from mindjax.ops.layer import Layer
 from mindjax.ops.matmul import contract, contract_rows
 from mindjax.ops.quantize import ACTIVATIONS, Quantized, dequantize, quantize
 
@@ -40,13 +41,15 @@ def grouped_matmul_reference(x: Array, w: Array, group_sizes: Array) -> Array:
     return _zero_past(lax.scan(add_group, out, (starts, ends, w))[0].astype(x.dtype), ends[-1])
 
 
-def grouped_matmul(x: Array, w: Array | Quantized, group_sizes: Array, *, implementation: str = "auto") -> Array:
+def grouped_matmul(
+    x: Array, w: Array | Quantized | Layer, group_sizes: Array, *, implementation: str = "auto"
+) -> Array:
     """Multiplies each group of consecutive rows with its own matrix, accumulating in float32.
 
     Args:
       x: [R, K]; the first `group_sizes[0]` rows belong to group 0, the next to group 1, and so on.
-      w: [G, K, N], of the dtype of `x`, float32 or bfloat16; or quantised, [G, N, K] with K last: then the rows of x
-        are quantised too, and there are no gradients.
+      w: [G, K, N], of the dtype of `x`, float32 or bfloat16; or those out of a stack, without gradients; or quantised,
+        [G, N, K] with K last: then the rows of x are quantised too, and there are no gradients.
       group_sizes: [G] int32, each >= 0, their sum <= R.
       implementation: "auto" takes the best path of the platform that the computation runs on: the library of
         `kernels_cuda` on CPU and CUDA where it is built, Pallas on TPU, else "loop" on CPU and "ragged_dot" elsewhere.
@@ -63,6 +66,8 @@ def grouped_matmul(x: Array, w: Array | Quantized, group_sizes: Array, *, implem
     """
     if isinstance(w, Quantized):
         return _quantized(x, w, group_sizes)
+    if isinstance(w, Layer):
+        return _of_layer(x, w, group_sizes)
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
             f"grouped_matmul takes x [R, K], w [G, K, N], group_sizes [G]; got {x.shape}, {w.shape}, "
@@ -100,6 +105,14 @@ def _backward(implementation: str, saved: tuple[Array, Array, Array], g: Array) 
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+def _of_layer(x: Array, w: Layer, group_sizes: Array) -> Array:
+    return on_cpu(
+        lambda x, w, group_sizes: jax_binding.gmm(x, *w.groups(group_sizes)),
+        lambda x, w, group_sizes: _gmm(x, w.slice(), group_sizes, False, "auto"),
+        x, w, group_sizes,
+    )  # fmt: skip
 
 
 def _quantized(x: Array, w: Quantized, group_sizes: Array) -> Array:

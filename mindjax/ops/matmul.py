@@ -11,18 +11,19 @@ from jax import lax
 
 from kernels_cuda import jax_binding
 from mindjax.ops.dispatch import on_cpu, on_cpu_and_cuda
+from mindjax.ops.layer import Layer
 from mindjax.ops.quantize import ACTIVATIONS, Quantized, quantize, quantized_matmul
 
 Array = jax.Array
 
 
-def matmul(x: Array, w: Array | Quantized, *, dtype: Any = None) -> Array:
+def matmul(x: Array, w: Array | Quantized | Layer, *, dtype: Any = None) -> Array:
     """`x @ w` with float32 accumulation in the product and in both gradients.
 
     Args:
       x: [..., K].
-      w: [K, N], of the dtype of `x`; or quantised, [N, K] with K last: then the rows of x are quantised too, and the
-        product is `quantized_matmul`, without gradients.
+      w: [K, N], of the dtype of `x`; or that out of a stack, without gradients; or quantised, [N, K] with K last: then
+        the rows of x are quantised too, and the product is `quantized_matmul`, without gradients.
       dtype: of the result; that of `x` by default. With float32 the accumulator is returned unrounded.
 
     Returns:
@@ -32,7 +33,17 @@ def matmul(x: Array, w: Array | Quantized, *, dtype: Any = None) -> Array:
     product without a float32 result at half speed.
     """
     dtype = jnp.dtype(dtype or x.dtype)
-    return _quantized(x, w, dtype) if isinstance(w, Quantized) else _matmul(x, w, dtype)
+    if isinstance(w, Quantized):
+        return _quantized(x, w, dtype)
+    return _of_layer(x, w, dtype) if isinstance(w, Layer) else _matmul(x, w, dtype)
+
+
+def _of_layer(x: Array, w: Layer, dtype: jnp.dtype) -> Array:
+    def kernel(x: Array, w: Layer) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        return jax_binding.gmm(rows, *w.groups(_one_group(rows)), dtype=dtype).reshape(*x.shape[:-1], -1)
+
+    return on_cpu(kernel, lambda x, w: _matmul(x, w.slice(), dtype), x, w)
 
 
 def _quantized(x: Array, w: Quantized, dtype: jnp.dtype) -> Array:

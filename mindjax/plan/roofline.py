@@ -18,8 +18,8 @@ PRODUCTS = 0.9
 ATTENTION = 0.5
 # Seconds for one step of a ring, whatever it carries.
 HOP = 1e-6
-# Weights and gradients can travel while other layers compute; what moves tokens cannot.
-HIDDEN_AXES = ("fsdp", "data")
+# Of the bytes of an axis, the sums of gradients, for which libtpu 0.0.42 waits. Weights travel while layers compute.
+SUMMED = {"fsdp": 1 / 3, "data": 1.0}
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,14 @@ def of_cost(cost: Cost, wires: Wires) -> Prediction:
     }
     kinds = {"sequence": "all-to-all", "expert": "all-to-all", "stage": "collective-permute"}
     links = {axis: wires.seconds(kinds.get(axis, ""), axis, sent, 1) for axis, sent in cost.sent.items() if sent}
+    summed = dict(SUMMED)
+    chips = wires.topology
+    if chips.chip.kind == "tpu" and wires.sizes["fsdp"] == chips.devices > 1 and "fsdp" in links:
+        # libtpu makes an all-reduce, twice the bytes, of a reduce-scatter whose group is the whole slice.
+        links["fsdp"], summed["fsdp"] = links["fsdp"] * 4 / 3, 1 / 2
     kernels = sum(parts.values())
-    hidden = sum(seconds for axis, seconds in links.items() if axis in HIDDEN_AXES)
-    exposed = sum(links.values()) - hidden
+    exposed = sum(seconds * summed.get(axis, 1.0) for axis, seconds in links.items())
+    hidden = sum(links.values()) - exposed
     step = max(kernels, hidden) + exposed
     return Prediction(
         sum(cost.flops.values()) / chip.flops, sum(cost.hbm.values()) / chip.bandwidth, links, kernels, exposed, step,
@@ -142,7 +147,8 @@ def of_cost(cost: Cost, wires: Wires) -> Prediction:
         (
             f"products reach {PRODUCTS:.0%} of peak, those of attention {ATTENTION:.0%}; each part takes the longer of "
             "its products and its bytes",
-            f"exchanges over {' and '.join(HIDDEN_AXES)} are hidden behind kernels, all others are not",
+            "weights that travel over fsdp are hidden behind kernels; sums of gradients and all other exchanges are "
+            "not",
             *_links(wires),
         ),
     )  # fmt: skip

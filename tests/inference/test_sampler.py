@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -228,6 +229,24 @@ def test_loop_ends_when_every_row_has(dense: tuple[Any, ...], monkeypatch: pytes
     jax.effects_barrier()
     assert sorted(steps) == list(range(first))
     sampler._decode.clear_cache()
+
+
+def test_a_step_copies_no_weight(setting: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of a stack, written before the product reads it, would double a step's memory traffic."""
+    _, config, params, prompts = setting
+    decode, programs = sampler._decode, []
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        programs.append(decode.lower(*args, **settings).compile().as_text())
+        return decode(*args, **settings)
+
+    monkeypatch.setattr(sampler, "_decode", spy)
+    generate(params, config, prompts, sampling=SamplingConfig(max_new_tokens=2, temperature=0.0))
+    matrices = [leaf.shape[1:] for leaf in jax.tree.leaves(params["text"]["layers"]) if leaf.ndim > 2]
+    written = {
+        tuple(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\]\S* dynamic-slice", programs[0])
+    }
+    assert written and not written & {shape for matrix in matrices for shape in (matrix, (1, *matrix))}
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "jnp"])

@@ -1,0 +1,62 @@
+"""A matrix read out of its stack gives what the same matrix alone gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_cuda import jax_fused
+from mindjax.ops.grouped_matmul import grouped_matmul
+from mindjax.ops.layer import Layer, in_place
+from mindjax.ops.matmul import matmul
+from mindjax.ops.quantize import Quantized, quantize
+
+LAYERS, EXPERTS = 3, 4
+
+
+@pytest.fixture(params=["kernels", "jnp"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "jnp":
+        monkeypatch.setattr(jax_fused, "usable", lambda: False)
+    elif not jax_fused.usable():
+        pytest.skip("the kernels are not built here")
+
+
+def normal(*shape: int, dtype: Any) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("out", [None, jnp.float32])
+def test_product(dtype: Any, out: Any) -> None:
+    stack, x = normal(LAYERS, 48, 80, dtype=dtype), normal(2, 5, 48, dtype=dtype)
+    of_layer = jax.jit(lambda x, stack, number: matmul(x, Layer(stack, number), dtype=out))
+    for number in range(LAYERS):
+        np.testing.assert_array_equal(of_layer(x, stack, jnp.int32(number)), matmul(x, stack[number], dtype=out))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grouped_product(dtype: Any) -> None:
+    stack, x = normal(LAYERS, EXPERTS, 48, 80, dtype=dtype), normal(12, 48, dtype=dtype)
+    sizes = jnp.asarray([3, 0, 5, 2], jnp.int32)  # two rows belong to nobody
+    of_layer = jax.jit(lambda x, stack, number: grouped_matmul(x, Layer(stack, number), sizes))
+    for number in range(LAYERS):
+        found = of_layer(x, stack, jnp.int32(number))
+        np.testing.assert_array_equal(found, grouped_matmul(x, stack[number], sizes))
+        assert not found[10:].any()
+
+
+def test_what_is_sliced() -> None:
+    """Norms, and matrices of 8 bits, whose products take slices."""
+    matrix, norm = normal(LAYERS, 8, 16, dtype=jnp.float32), normal(LAYERS, 8, dtype=jnp.float32)
+    eight_bits = quantize(normal(LAYERS, 16, 32, dtype=jnp.float32), "int8_row")
+    sliced, whole = in_place({"a": matrix, "b": norm, "c": eight_bits})
+    assert len(jax.tree.leaves(sliced)) == 3  # the norm, values, scales
+    layer = whole(jax.tree.map(lambda stack: stack[1], sliced), jnp.int32(1))
+    assert isinstance(layer["c"], Quantized) and layer["c"].values.shape == (16, 32)
+    np.testing.assert_array_equal(layer["a"].slice(), matrix[1])
+    np.testing.assert_array_equal(layer["b"], norm[1])
