@@ -13,7 +13,7 @@ from mindjax.plan.program import Program
 
 # Of peak, what large products reach where no compiler's estimate is at hand. libtpu 0.0.42 estimates 88 to 96 % of peak
 # for products of 4,096 and 8,192 on v5p, v6e and v5e.
-PRODUCTS = 0.9
+PRODUCTS = 0.6
 # The same of an attention kernel, whose softmax keeps the other units busy: an assumption, nothing here measures it.
 ATTENTION = 0.5
 # Seconds for one step of a ring, whatever it carries.

@@ -190,26 +190,34 @@ def test_settings_that_contradict_each_other_are_refused(change: dict[str, Any],
         replace(SMALL, **{k: parts[k](**v) if k in parts else v for k, v in change.items()})
 
 
+# Answers of several tokens, half of them right, sampled in 8 bits and corrected: what a field could act on is there.
+BUSY = replace(
+    SMALL, steps=2, max_new_tokens=4, reward=RewardConfig(custom=("tests.train.several:reward",)),
+    advantage=AdvantageConfig(normalize_deviation=False), rollout=RolloutConfig(weights="fp8"),
+    off_policy=OffPolicyConfig("sequence"),
+)  # fmt: skip
+
+
 def other_values() -> Sequence[tuple[str, RLConfig]]:
-    """Every field that the loop reads, set to something else than in `SMALL`."""
+    """Every field that the loop reads, set to something else than in `BUSY`; diversity acts on answers that repeat."""
     flat = {
         "prompts_per_step": 2, "samples_per_prompt": 3, "updates_per_rollout": 1, "eps_low": 0.0, "eps_high": 0.0,
-        "level": "token", "temperature": 0.7, "max_new_tokens": 3, "exclude_cut": "both", "dtype": "bfloat16",
-        "seed": 1,
+        "temperature": 0.7, "max_new_tokens": 3, "exclude_cut": "both", "dtype": "bfloat16", "seed": 1,
     }  # fmt: skip
     nested = {
         "advantage": [AdvantageConfig(pass_at_k=1.0, k=2), AdvantageConfig(pass_at_k=1.0, k=3),
-                      *(AdvantageConfig(estimator=name) for name in ("rloo", "batch", "diversity")),
-                      AdvantageConfig(normalize_deviation=False)],
-        "off_policy": [OffPolicyConfig("sequence"), OffPolicyConfig("geometric")],
-        "rollout": [RolloutConfig(weights="int8"), RolloutConfig(weights="fp8")],
+                      *(AdvantageConfig(estimator=name) for name in ("rloo", "batch")),
+                      AdvantageConfig(normalize_deviation=True)],
+        "off_policy": [OffPolicyConfig(), OffPolicyConfig("geometric")],
+        "rollout": [RolloutConfig(), RolloutConfig(weights="int8")],
         "oversample": [OversampleConfig(largest=2.0)],
-        "reward": [RewardConfig(correct=2.0), RewardConfig(length=1.0, soft_length=1)],
+        "reward": [replace(BUSY.reward, correct=2.0), replace(BUSY.reward, length=1.0, soft_length=1)],
     }  # fmt: skip
     changes = [{name: value} for name, value in flat.items()]
     changes += [{name: value} for name, values in nested.items() for value in values]
+    changes += [{"level": "token", "off_policy": OffPolicyConfig("token")}]
     changes += [{"dual_clip": 1.0001, "eps_low": 0.0}, {"kl": "k1", "kl_coefficient": 1.0}]
-    return [(str(change), replace(SMALL, **change)) for change in changes]
+    return [(str(change), replace(BUSY, **change)) for change in changes]
 
 
 @pytest.mark.prove
@@ -218,7 +226,7 @@ def test_no_field_is_dead(name: str, settings: RLConfig, policy: tuple[Any, ...]
     config, params, processor = policy
 
     def trained(settings: RLConfig, workdir: Path) -> Any:
-        return train(replace(settings, steps=2), config, params, tiny.letters(), processor, workdir).params
+        return train(settings, config, params, tiny.letters(), processor, workdir).params
 
-    plain, changed = trained(SMALL, tmp_path / "plain"), trained(settings, tmp_path / "changed")
+    plain, changed = trained(BUSY, tmp_path / "plain"), trained(settings, tmp_path / "changed")
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True)), name
