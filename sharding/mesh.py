@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 # From the slowest links to the fastest: tensor parallel exchanges in every layer, data parallel once a step.
@@ -38,7 +39,7 @@ def make_mesh(sizes: dict[str, int] | None = None, *, devices: Sequence[jax.Devi
             f"the mesh {wanted} takes {math.prod(shape)} devices and there are {len(given)}: change a size, or pass "
             "devices= (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
         )
-    _check_threads(given)
+    _guard_cpu(given)
     if devices is None:
         # Knows the torus. A mesh axis may take a part of one of its dimensions, which jax.make_mesh refuses.
         laid_out = mesh_utils.create_device_mesh(shape, given, allow_split_physical_axes=True)
@@ -48,13 +49,20 @@ def make_mesh(sizes: dict[str, int] | None = None, *, devices: Sequence[jax.Devi
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _check_threads(devices: Sequence[jax.Device]) -> None:
-    """Warns where virtual CPU devices would wait for each other for ever: a collective blocks a thread of each."""
+def _guard_cpu(devices: Sequence[jax.Device]) -> None:
+    """Keeps virtual CPU devices from waiting for each other for ever, as far as it can be told from here."""
+    if devices[0].platform != "cpu" or len(devices) == 1:
+        return
+    if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
+        # A program that XLA's CPU backend reads back from the cache does its collectives in any order: devices meet in
+        # different ones, and hang, crash, or take each other's numbers.
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
     here = sum(device.process_index == jax.process_index() for device in devices)
     threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
-    if devices[0].platform == "cpu" and here > 1 and threads < 2 * here:
+    if here > 1 and threads < 2 * here:
         warnings.warn(
-            f"{here} CPU devices share {threads} threads of XLA, and collectives may hang: set the environment "
-            f"variable PJRT_NPROC to {max(32, 4 * here)} before the first use of jax",
+            f"{here} CPU devices share {threads} threads of XLA, of which each collective blocks one for each device, "
+            f"and may hang: set the environment variable PJRT_NPROC to {max(32, 4 * here)} before the first use of jax",
             stacklevel=3,
         )
