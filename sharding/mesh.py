@@ -53,11 +53,10 @@ def _guard_cpu(devices: Sequence[jax.Device]) -> None:
     """Keeps virtual CPU devices from waiting for each other for ever, as far as it can be told from here."""
     if devices[0].platform != "cpu" or len(devices) == 1:
         return
-    if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
-        # A program that XLA's CPU backend reads back from the cache does its collectives in any order: devices meet in
-        # different ones, and hang, crash, or take each other's numbers.
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()
+    # A program that XLA's CPU backend reads back from the cache does its collectives in any order: devices meet in
+    # different ones, and hang, crash, or take each other's numbers.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     here = sum(device.process_index == jax.process_index() for device in devices)
     threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
     if here > 1 and threads < 2 * here:
