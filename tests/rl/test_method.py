@@ -190,6 +190,17 @@ def test_settings_that_contradict_each_other_are_refused(change: dict[str, Any],
         replace(SMALL, **{k: parts[k](**v) if k in parts else v for k, v in change.items()})
 
 
+def test_several_processes_sample_natively_and_in_step(
+    policy: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, params, processor = policy
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    ahead = replace(SMALL, off_policy=OffPolicyConfig("sequence"), rollout=RolloutConfig(overlap=True))
+    for settings in (ahead, replace(SMALL, rollout=RolloutConfig(engine="vllm"))):
+        with pytest.raises(ValueError, match=r"set rollout\.engine to native and rollout\.overlap to False"):
+            train(settings, config, params, tiny.letters(), processor, tmp_path)
+
+
 # Answers of several tokens, half of them right, sampled in 8 bits and corrected: what a field could act on is there.
 BUSY = replace(
     SMALL, steps=2, max_new_tokens=4, reward=RewardConfig(custom=("tests.train.several:reward",)),
