@@ -225,12 +225,48 @@ inline void store_tile(const Block& block, int64_t m0, int64_t rows, int64_t n0,
   }
 }
 
+// Where a tile gets the words of its panel of B: from the packed panel ...
+struct FromPanel {
+  const int32_t* at;
+  void load(int64_t w, __m512i& low, __m512i& high) const {
+    low = _mm512_loadu_si512(at + w * 32), high = _mm512_loadu_si512(at + w * 32 + 16);
+  }
+};
+
+// ... or from B itself, of which it packs the panel on the way and fetches the part that is wanted next.
+template <class S>
+struct FromSource {
+  const char *at, *ahead;
+  int64_t row, depth, lanes, ahead_depth;
+  int32_t* panel;
+
+  FromSource(const Block& block, int64_t k0, int64_t depth, int64_t n0, const Ahead& ahead, int32_t* panel)
+      : row(block.ldb * kSize), depth(depth), lanes(block.n - n0), ahead_depth(ahead.depth), panel(panel) {
+    at = static_cast<const char*>(block.b) + k0 * row + n0 * kSize;
+    this->ahead = static_cast<const char*>(block.b) + ahead.k * row + ahead.n * kSize;
+  }
+  void load(int64_t w, __m512i& low, __m512i& high) const {
+    const int64_t k = w * S::kPerWord;
+    const auto* p = reinterpret_cast<const typename S::Source*>(at + k * row);
+    const auto* next = reinterpret_cast<const typename S::Source*>(at + (k + 1) * row);
+    load_across(S(), p, S::kPerWord == 2 && k + 1 < depth ? next : nullptr, lanes, low, high);
+    _mm512_storeu_si512(panel + w * 32, low);
+    _mm512_storeu_si512(panel + w * 32 + 16, high);
+    if (k + S::kPerWord > ahead_depth) return;
+    _mm_prefetch(ahead + k * row, _MM_HINT_T0);
+    _mm_prefetch(ahead + k * row + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine), _MM_HINT_T0);
+  }
+
+ private:
+  static constexpr int64_t kSize = sizeof(typename S::Source);
+};
+
 // A tile of kTileRows x 32 sums held in vector registers. Step::run adds one word of k: broadcast A by two vectors of B.
 template <class S, class Step, int64_t kTileRows>
 struct VectorTile {
   using Packed = typename S::Packed;
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
-                           kRowPadding = 0;
+                           kRowPadding = 0, kStreamedRows = 256, kStreamedDepth = 48;
 
   static const Packed* pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
@@ -243,14 +279,15 @@ struct VectorTile {
     store_tile(block, m0, rows, n0, columns, sums);
   }
 
-  template <int R>
-  static void run(int64_t words, const int32_t* a, const int32_t* b, float* sums, bool first) {
+  template <int R, class B>
+  static void run(int64_t words, const int32_t* a, const B& from, float* sums, bool first) {
     __m512 c[R][2];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < 2; ++j) c[i][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * 32 + j * 16);
-    for (int64_t w = 0; w < words; ++w, a += kRows, b += 32) {
-      const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16);
+    for (int64_t w = 0; w < words; ++w, a += kRows) {
+      __m512i b0, b1;
+      from.load(w, b0, b1);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const __m512i ai = _mm512_set1_epi32(a[i]);
@@ -263,14 +300,30 @@ struct VectorTile {
       for (int j = 0; j < 2; ++j) _mm512_storeu_ps(sums + i * 32 + j * 16, c[i][j]);
   }
 
+  // In four sizes, so that few rows cost little.
+  template <class B>
+  static void run(int64_t rows, int64_t depth, const Packed* packed, const B& from, float* sums, bool first) {
+    const int64_t words = (depth + S::kPerWord - 1) / S::kPerWord;
+    const auto* a = reinterpret_cast<const int32_t*>(packed);
+    if (rows > 8) return run<kRows>(words, a, from, sums, first);
+    if (rows > 6) return run<8>(words, a, from, sums, first);
+    if (rows > 3) return run<6>(words, a, from, sums, first);
+    run<3>(words, a, from, sums, first);
+  }
+
   static void multiply(int64_t rows, int64_t depth, const Packed* a, const Packed* b, float* sums, bool first, int64_t,
                        int64_t) {
-    const int64_t words = (depth + S::kPerWord - 1) / S::kPerWord;
-    const auto *aw = reinterpret_cast<const int32_t*>(a), *bw = reinterpret_cast<const int32_t*>(b);
-    // The rest of the rows in two sizes, so that few rows cost little.
-    if (rows > kRows / 2) return run<kRows>(words, aw, bw, sums, first);
-    if (rows > kRows / 4) return run<kRows / 2>(words, aw, bw, sums, first);
-    run<kRows / 4>(words, aw, bw, sums, first);
+    run(rows, depth, a, FromPanel{reinterpret_cast<const int32_t*>(b)}, sums, first);
+  }
+
+  // The first tile of a column of tiles packs B into `panel`.
+  static void stream(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
+                     const Packed* a, Packed* panel, float* sums, bool first, const Ahead& ahead) {
+    auto* words = reinterpret_cast<int32_t*>(panel);
+    if (packs)
+      run(rows, depth, a, FromSource<S>(block, k0, depth, n0, ahead, words), sums, first);
+    else
+      run(rows, depth, a, FromPanel{words}, sums, first);
   }
 };
 

@@ -35,9 +35,68 @@ struct Layout {
   }
 };
 
+// The same for `stream_block`: all of A for a part of k, one panel of B, all sums.
+template <class Tile>
+struct StreamedLayout {
+  int64_t row_panels, column_panels, depth, a_stride;
+  size_t b, c, end;
+
+  StreamedLayout(int64_t m, int64_t n, int64_t k) {
+    row_panels = round_up(m, Tile::kRows) / Tile::kRows;
+    column_panels = round_up(n, Tile::kColumns) / Tile::kColumns;
+    depth = smaller(Tile::kStreamedDepth, round_up(k, Tile::kDepthUnit));
+    a_stride = (depth + Tile::kRowPadding) * Tile::kRows;
+    b = size_t(round_up(row_panels * a_stride * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
+    c = b + size_t(depth * Tile::kColumns) * sizeof(typename Tile::Packed);
+    end = c + size_t(row_panels * column_panels * Tile::kRows * Tile::kColumns) * sizeof(float);
+  }
+};
+
+// A part of B that is wanted next: `depth` rows from k on, the panel of columns from n on.
+struct Ahead {
+  int64_t depth, k, n;
+};
+
 template <class Tile>
 size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
-  return Layout<Tile>(m, n, k, depth).end;
+  const size_t packed = Layout<Tile>(m, n, k, depth).end;
+  if constexpr (Tile::kStreamedRows > 0) {
+    const size_t streamed = StreamedLayout<Tile>(smaller(m, Tile::kStreamedRows), n, k).end;
+    return packed > streamed ? packed : streamed;
+  }
+  return packed;
+}
+
+// The product of few rows: memory delivers B while it is used. The first tile of a column of tiles reads B where it
+// lies and packs it for the others; all fetch ahead the panel that comes next. A is packed whole for each part of k.
+template <class Tile>
+void stream_block(const Block& block, char* scratch) {
+  using Packed = typename Tile::Packed;
+  const StreamedLayout<Tile> layout(block.m, block.n, block.k);
+  Packed* a = reinterpret_cast<Packed*>(scratch);
+  Packed* b = reinterpret_cast<Packed*>(scratch + layout.b);
+  float* c = reinterpret_cast<float*>(scratch + layout.c);
+  for (int64_t k0 = 0; k0 < block.k; k0 += layout.depth) {
+    const int64_t depth = smaller(layout.depth, block.k - k0), next = k0 + depth;
+    const bool first = k0 == 0, last = next == block.k;
+    decltype(Tile::pack_a(a, block, 0, 0, 0, 0)) panels[(Tile::kStreamedRows + Tile::kRows - 1) / Tile::kRows];
+    for (int64_t i = 0; i < layout.row_panels; ++i) {
+      const int64_t m0 = i * Tile::kRows;
+      panels[i] = Tile::pack_a(a + i * layout.a_stride, block, m0, smaller(Tile::kRows, block.m - m0), k0, depth);
+    }
+    for (int64_t j = 0; j < layout.column_panels; ++j) {
+      const int64_t n0 = j * Tile::kColumns;
+      const bool turn = j + 1 == layout.column_panels;
+      const Ahead ahead = turn ? Ahead{last ? 0 : smaller(layout.depth, block.k - next), next, 0}
+                               : Ahead{depth, k0, n0 + Tile::kColumns};
+      for (int64_t i = 0; i < layout.row_panels; ++i) {
+        const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
+        float* sums = c + (j * layout.row_panels + i) * Tile::kRows * Tile::kColumns;
+        Tile::stream(block, k0, depth, n0, rows, i == 0, panels[i], b, sums, first, ahead);
+        if (last) Tile::store(block, m0, rows, n0, smaller(Tile::kColumns, block.n - n0), sums);
+      }
+    }
+  }
 }
 
 // Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth, kRowPadding; pack_a(scratch, block, m0, rows, k0, depth): a
@@ -45,6 +104,9 @@ size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
 // multiply(rows, depth, a, b, sums, first, j, panels of columns); store(block, m0, rows, n0, columns, sums).
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
+  if constexpr (Tile::kStreamedRows > 0)
+    if (block.m <= Tile::kStreamedRows && block.k > 0 && !block.a_transposed && !block.b_transposed)
+      return stream_block<Tile>(block, scratch);
   using Packed = typename Tile::Packed;
   const Layout<Tile> layout(block.m, block.n, block.k, block.depth);
   Packed* a = reinterpret_cast<Packed*>(scratch + layout.a);

@@ -37,7 +37,9 @@ class Plan {
                            kernels.columns);
     block_m_ = even_blocks(height, contracted > depth_ ? 512 : 2048, kernels.rows);
     // Enough items that threads end together, unless they would get tiny.
-    const int64_t wanted = threads > 1 ? 3 * threads : 1;
+    // Where memory is the limit, one item each: the longer a row that a thread reads, the faster.
+    const bool streamed = few_rows && tallest <= kernels.streamed_rows;
+    const int64_t wanted = threads == 1 ? 1 : streamed ? threads : 3 * threads;
     while (count() < wanted) {
       if (block_m_ >= block_n_ && block_m_ > 2 * kernels.rows)
         block_m_ = even_blocks(block_m_, block_m_ / 2, kernels.rows);

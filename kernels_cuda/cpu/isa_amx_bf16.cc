@@ -6,7 +6,8 @@ namespace {
 
 struct AmxTile {
   using Packed = uint16_t;
-  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kRowPadding = 32;
+  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kRowPadding = 32,
+                           kStreamedRows = 0;
 
   // A row is `stride` elements after the one before, the next 32 of k are `step` after these.
   struct Rows {
@@ -124,7 +125,7 @@ void leave() { _tile_release(); }
 
 }  // namespace
 
-extern const Kernels kAmxBf16 = {"amx_bf16", AmxTile::kRows, AmxTile::kColumns, AmxTile::kDepth, sizeof(AmxTile::Packed), scratch_bytes<AmxTile>,
+extern const Kernels kAmxBf16 = {"amx_bf16", AmxTile::kRows, AmxTile::kColumns, AmxTile::kDepth, sizeof(AmxTile::Packed), AmxTile::kStreamedRows, scratch_bytes<AmxTile>,
                                  multiply_block<AmxTile>, enter, leave};
 
 }  // namespace mindjax

@@ -29,7 +29,7 @@ struct Avx2Kernel {
 template <class Source>
 constexpr Kernels table() {
   using Tile = PortableTile<Source, Avx2Kernel>;
-  return {"avx2", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(typename Tile::Packed), scratch_bytes<Tile>, multiply_block<Tile>,
+  return {"avx2", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(typename Tile::Packed), Tile::kStreamedRows, scratch_bytes<Tile>, multiply_block<Tile>,
           nothing, nothing};
 }
 

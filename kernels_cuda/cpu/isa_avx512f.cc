@@ -13,7 +13,7 @@ struct Fma {
 template <class S>
 constexpr Kernels table() {
   using Tile = VectorTile<S, Fma, 12>;
-  return {"avx512f", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(typename Tile::Packed), scratch_bytes<Tile>, multiply_block<Tile>,
+  return {"avx512f", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(typename Tile::Packed), Tile::kStreamedRows, scratch_bytes<Tile>, multiply_block<Tile>,
           nothing,   nothing};
 }
 

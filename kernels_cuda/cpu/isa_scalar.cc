@@ -21,7 +21,7 @@ struct ScalarKernel {
 template <class Source>
 constexpr Kernels table() {
   using Tile = PortableTile<Source, ScalarKernel>;
-  return {"scalar", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(typename Tile::Packed), scratch_bytes<Tile>, multiply_block<Tile>,
+  return {"scalar", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(typename Tile::Packed), Tile::kStreamedRows, scratch_bytes<Tile>, multiply_block<Tile>,
           nothing,  nothing};
 }
 

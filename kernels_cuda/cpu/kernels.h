@@ -28,6 +28,7 @@ struct Kernels {
   int64_t rows, columns;  // C is computed in tiles of this many rows and columns
   int64_t depth;          // the most of k that is worth packing at a time
   int64_t packed;         // bytes of a packed element
+  int64_t streamed_rows;  // up to so many rows of A, B as stored is read while it is used; 0: it is always packed before
   // Bytes of scratch for a block of that size.
   size_t (*scratch)(int64_t m, int64_t n, int64_t k, int64_t depth);
   // `scratch` is aligned to 64 bytes.
