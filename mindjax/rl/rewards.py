@@ -187,7 +187,7 @@ class Rewarder:
         return Scored(values["correct"], sum(value for name, value in values.items() if name != "correct"))
 
     def counters(self) -> dict[str, float]:
-        """How many answers were not judged in full since the start, by reason, see `Verifier.counters`."""
+        """How many answers were not judged in full since the last call, by reason, see `Verifier.counters`."""
         return self._verifier.counters()
 
     def close(self) -> None:

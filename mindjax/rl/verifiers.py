@@ -25,6 +25,7 @@ class Verifier:
         """
         self._worker = Worker(timeout)
         self._too_long = 0
+        self._told: dict[str, float] = {}
 
     def __call__(self, reply: str, answer: dict[str, Any] | None) -> float:
         """1.0 for a right reply, 0.0 for a wrong one.
@@ -51,17 +52,19 @@ class Verifier:
         return verify.overlap(answer, reply)
 
     def counters(self) -> dict[str, float]:
-        """Replies that scored 0 unjudged, since the start.
+        """Replies that scored 0 unjudged since the last call, so that a resumed run counts as one that never stopped.
 
         "verifier_timeouts" took too long to judge, "verifier_failures" took all memory or stack or ended the process,
         "verifier_too_long" have more characters than any answer.
         """
-        counts = self._worker.counts
-        return {
-            "verifier_timeouts": float(counts["timeouts"]),
-            "verifier_failures": float(counts["failures"]),
-            "verifier_too_long": float(counts["too_long"] + self._too_long),
+        worker = self._worker.counts
+        counts = {
+            "verifier_timeouts": float(worker["timeouts"]),
+            "verifier_failures": float(worker["failures"]),
+            "verifier_too_long": float(worker["too_long"] + self._too_long),
         }
+        since, self._told = {name: count - self._told.get(name, 0.0) for name, count in counts.items()}, counts
+        return since
 
     def close(self) -> None:
         """Ends the process; a later reply starts another."""

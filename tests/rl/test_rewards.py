@@ -245,8 +245,9 @@ def test_every_field_changes_something() -> None:
         assert rewarder._verifier._worker.timeout == 0.125
 
 
-def test_counters_start_at_0_and_count() -> None:
+def test_counters_count_what_came_since_they_were_read() -> None:
     rewarder = RewardConfig().build(10)
     assert set(rewarder.counters().values()) == {0.0}
     assert rewarder.parts(said("red" + " " * 10_000_000), RED)["correct"] == 0
     assert rewarder.counters()["verifier_too_long"] == 1
+    assert set(rewarder.counters().values()) == {0.0}

@@ -162,11 +162,12 @@ def test_a_hostile_reply_is_wrong_within_its_timeout(
     impatient: Verifier, reply: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before, began = impatient.counters(), time.monotonic()
+    impatient.counters()
+    began = time.monotonic()
     assert impatient(reply, maths("12")) == 0
     assert time.monotonic() - began < BOUND
     if reply in TIMED_OUT:
-        assert impatient.counters()["verifier_timeouts"] == before["verifier_timeouts"] + 1
+        assert impatient.counters()["verifier_timeouts"] == 1
     assert impatient(r"\frac{24}{2}", maths("12")) == 1  # and the next one is judged
     assert not list(tmp_path.iterdir())
 
@@ -178,17 +179,18 @@ def test_ten_megabytes_are_not_looked_at(impatient: Verifier) -> None:
         {"kind": "exact", "value": "5"},
         {"kind": "box", "value": [0, 0, 5, 5]},
     ]
-    before, seconds = impatient.counters()["verifier_too_long"], time.process_time()
+    impatient.counters()
+    seconds = time.process_time()
     for answer in answers:
         assert impatient("5" + " " * 10_000_000, answer) == 0
         assert impatient(r"\boxed{5}" + "{" * 10_000_000, answer) == 0
     assert impatient.form(r"\boxed{5}" + "a" * 10_000_000, "") == impatient.form("a" * 10_000_000, "a*") == 0
     assert impatient.overlap("[0, 0, 5, 5]" + " " * 10_000_000, answers[-1]) == 0
-    assert impatient.counters()["verifier_too_long"] == before + 11
+    assert impatient.counters()["verifier_too_long"] == 11
     assert time.process_time() - seconds < 1  # 100 MB of text were made meanwhile
     assert impatient("5" + " " * (MAX_CHARACTERS - 1), answers[1]) == 1
     assert impatient("+" + "0" * MAX_EXPRESSION, maths("0")) == 0  # no page of mathematics either
-    assert impatient.counters()["verifier_too_long"] == before + 12
+    assert impatient.counters()["verifier_too_long"] == 1
 
 
 @pytest.mark.parametrize(
