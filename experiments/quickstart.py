@@ -42,7 +42,7 @@ def get_config(size: str = "") -> ConfigDict:
     config.sft_knowledge = _sft(debug, steps=1400)
     config.sft_ability = _sft(debug, steps=2600)
     config.sft_preference = _sft(debug, steps=1000, learning_rate=4e-3)
-    config.sft_continued = _sft(debug, steps=1700, learning_rate=2e-3)
+    config.sft_continued = _sft(debug, steps=1915, learning_rate=2e-3)  # the arithmetic of GSPO's steps
     config.gspo = _gspo(debug)
     config.dpo = _dpo(debug)
     return config
@@ -86,6 +86,7 @@ def _model(debug: bool, moe: bool) -> ConfigDict:
 def _sft(debug: bool, steps: int, learning_rate: float = 6e-3) -> ConfigDict:
     """One stage. All stages have one batch shape, so that they share one compiled step."""
     sft = ConfigDict()
+    sft.dtype = "bfloat16"
     sft.steps = 3 if debug else steps
     # About 36 questions a step.
     sft.rows = 4 if debug else 8
@@ -101,7 +102,8 @@ def _sft(debug: bool, steps: int, learning_rate: float = 6e-3) -> ConfigDict:
 
 def _gspo(debug: bool) -> ConfigDict:
     gspo = ConfigDict()
-    gspo.steps = 2 if debug else 400
+    gspo.dtype = "bfloat16"
+    gspo.steps = 2 if debug else 450
     gspo.prompts_per_step = 4 if debug else 16
     gspo.samples_per_prompt = 4 if debug else 8
     gspo.updates_per_rollout = 2
@@ -113,7 +115,7 @@ def _gspo(debug: bool) -> ConfigDict:
     gspo.eps_high = 0.04
     gspo.checkpoint_every = 0 if debug else 100
     gspo.keep_checkpoints = 1
-    gspo.optimizer = _optimizer(2e-3)
+    gspo.optimizer = _optimizer(1.5e-3)
     gspo.optimizer.schedule = "linear"
     gspo.optimizer.final_fraction = 0.1
     gspo.optimizer.weight_decay = 0.0
@@ -123,6 +125,7 @@ def _gspo(debug: bool) -> ConfigDict:
 
 def _dpo(debug: bool) -> ConfigDict:
     dpo = ConfigDict()
+    dpo.dtype = "bfloat16"
     dpo.epochs = 1
     dpo.beta = 0.3
     dpo.reference = True
