@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "e4m3_block.h"
 #include "errors.h"
 #include "portable.h"
 #include "pool.h"
@@ -28,8 +29,6 @@ void over_rows(void* stream, int64_t rows, int64_t cost, const Function& functio
 
 inline void put(float* p, float x) { *p = x; }
 inline void put(uint16_t* p, float x) { *p = narrow(x); }
-
-float e4m3_max() { return 448.f; }
 
 // To nearest even; the argument is within +-448 or NaN.
 uint8_t to_e4m3(float x) {
@@ -61,20 +60,13 @@ void quantize(int64_t rows, int64_t k, const T* x, const int32_t* index, int64_t
     for (int64_t b = 0; b < per_row; ++b) {
       const T* block = x + from * k + b * 128;
       const int64_t size = smaller(128, k - b * 128);
-      float most = 0.f;
-      bool nan = false;
+      float largest = 0.f;
+      for (int64_t j = 0; j < size; ++j) largest = mjk::larger(largest, load(block + j));
+      const mjk::E4m3Block how(largest);
+      scales[i * per_row + b] = how.scale;
       for (int64_t j = 0; j < size; ++j) {
-        const float value = std::fabs(load(block + j));
-        most = value > most ? value : most;
-        nan |= value != value;
-      }
-      if (nan) most = NAN;
-      const float scale = most == 0.f ? 1.f : most / e4m3_max();
-      scales[i * per_row + b] = scale;
-      for (int64_t j = 0; j < size; ++j) {
-        float value = load(block + j) / scale;
-        value = value > e4m3_max() ? e4m3_max() : value < -e4m3_max() ? -e4m3_max() : value;
-        out[i * k + b * 128 + j] = to_e4m3(value);
+        const float value = how.counted(load(block + j)) / how.divisor, most = mjk::kE4m3Max;
+        out[i * k + b * 128 + j] = to_e4m3(value > most ? most : value < -most ? -most : value);
       }
     }
   }

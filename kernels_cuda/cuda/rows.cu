@@ -1,5 +1,6 @@
 // Kernels that move rows: quantize, permute, unpermute, SwiGLU. One warp per row (or per part of one), 16 bytes per
 // thread and load where rows and pointers allow it, several loads in flight before the first use.
+#include "../include/e4m3_block.h"
 #include "device.h"
 #include "divide.h"
 #include "rows.h"
@@ -108,23 +109,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int round = 0; round < kRounds; ++round) {
     float largest = 0;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) largest = fmaxf(largest, fabsf(static_cast<float>(loaded[round].at[i])));
+    for (int i = 0; i < kWidth; ++i) largest = larger(largest, static_cast<float>(loaded[round].at[i]));
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
     }
-    const Divisor scale(largest > 0 ? __fdiv_rn(largest, 448.0f) : 1.0f);
+    const E4m3Block how(largest);
+    const Divisor divisor(how.divisor);
     const uint32_t block = first + round * kPerWarp;
     const int64_t row = block / blocks, column = block % blocks * 128 + threadIdx.x % kLanes * kWidth;
     if (row >= out_rows || column >= k) continue;
     Pack<uint8_t, kWidth> packed;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const float quotient = scale.divide(static_cast<float>(loaded[round].at[i]));
+      const float quotient = divisor.divide(how.counted(static_cast<float>(loaded[round].at[i])));
       packed.at[i] = __nv_cvt_float_to_fp8(quotient, __NV_SATFINITE, __NV_E4M3);
     }
     *reinterpret_cast<Pack<uint8_t, kWidth>*>(out + row * k + column) = packed;
-    if (threadIdx.x % kLanes == 0) scales[block] = scale.value;
+    if (threadIdx.x % kLanes == 0) scales[block] = how.scale;
   }
 }
 
@@ -138,13 +140,14 @@ __global__ void __launch_bounds__(kThreads) quantize_any(int64_t rows, int64_t o
   const int64_t from = index == nullptr ? row : index[row];
   const bool there = from >= 0 && from < rows;
   float largest = 0;
-  for (int64_t i = begin; there && i < end; ++i) largest = fmaxf(largest, fabsf(static_cast<float>(x[from * k + i])));
-  const Divisor scale(largest > 0 ? __fdiv_rn(largest, 448.0f) : 1.0f);
+  for (int64_t i = begin; there && i < end; ++i) largest = larger(largest, static_cast<float>(x[from * k + i]));
+  const E4m3Block how(largest);
+  const Divisor divisor(how.divisor);
   for (int64_t i = begin; i < end; ++i) {
     const float value = there ? static_cast<float>(x[from * k + i]) : 0.0f;
-    out[row * k + i] = __nv_cvt_float_to_fp8(scale.divide(value), __NV_SATFINITE, __NV_E4M3);
+    out[row * k + i] = __nv_cvt_float_to_fp8(divisor.divide(how.counted(value)), __NV_SATFINITE, __NV_E4M3);
   }
-  scales[block] = scale.value;
+  scales[block] = how.scale;
 }
 
 template <class T>

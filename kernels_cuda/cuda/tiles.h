@@ -7,10 +7,12 @@
 #pragma once
 #include <stdint.h>
 
+#ifndef MJK_HD
 #ifdef __CUDACC__
 #define MJK_HD __host__ __device__ __forceinline__
 #else
 #define MJK_HD inline
+#endif
 #endif
 
 namespace mjk {

@@ -75,8 +75,9 @@ MJK_API int mjk_gmm_s8(void* stream, mjk_dtype out_dtype, int64_t rows, int64_t 
                        const float* ws, const int32_t* group_sizes, void* out);
 
 // Row i of out[out_rows, K] (e4m3) is row index[i] of x[rows, K] (in_dtype) in 1 x 128 blocks, with
-// scales[out_rows, ceil(K / 128)] = max |x| / 448 (1 where a block is all zero): the value is x / scale, clipped to
-// +-448, rounded to nearest even. index NULL: the same row. index[i] < 0: zeros with scale 1.
+// scales[out_rows, ceil(K / 128)] = max |x| / 448: the value is x / scale, clipped to +-448, rounded to nearest even.
+// e4m3_block.h says what becomes of tiny numbers, infinities and NaN. index NULL: the same row. index[i] < 0: zeros with
+// scale 1.
 MJK_API int mjk_quantize_e4m3(void* stream, mjk_dtype in_dtype, int64_t rows, int64_t out_rows, int64_t k, const void* x,
                               const int32_t* index, void* out, float* scales);
 

@@ -192,24 +192,31 @@ def quantize_reference(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]
     padded = np.zeros((count, -(-k // 128) * 128), np.float32)
     padded[:, :k] = source
     blocks = padded.reshape(count, -1, 128)
+    whole, least = np.isfinite(blocks).all(-1, keepdims=True), np.finfo(np.float32).tiny
+    blocks = np.where(np.abs(blocks) < least, np.copysign(np.float32(0), blocks), blocks)
+    blocks = np.where(whole, blocks, np.float32(0))
     largest = np.abs(blocks).max(-1)
-    scales = np.where(largest > 0, largest / np.float32(448), np.float32(1))
+    scales = np.where(largest > 0, np.maximum(largest / np.float32(448), least), np.float32(1))
     values = np.clip(blocks / scales[..., None], -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    scales = np.where(whole[..., 0], scales, np.float32("nan"))
     values = values.view(np.uint8).reshape(count, -1)[:, :k]
     return torch.from_numpy(values.copy()), torch.from_numpy(scales)
 
 
 def check_quantize(api: Any, rows: int, k: int, device: str, dtype: torch.dtype, *, index: bool) -> None:
-    """Bytes and scales equal to the bit. Rows of every size from 1e-20 to 1e20, zeros, and ties among them."""
+    """Bytes and scales equal to the bit. Rows of every size from 1e-20 to 1e20, zeros, ties, what is too small for a
+    scale of its own or to count at all, infinities and NaN among them."""
     x = random(rows, k, dtype=torch.float32, device=device) * torch.logspace(-20, 20, rows, device=device)[:, None]
     x[rows // 2] = 0
     x[-1] = torch.arange(k, device=device) % 64 * 7 / 16.0  # scale 63 / 1024: quotients that fall between two values
+    x[1:4] = random(3, k, dtype=torch.float32, device=device) * torch.tensor([[1e-36], [3e-38], [1e-40]], device=device)
+    x[4:7, k // 2] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device)
     x = x.to(dtype)
     chosen = torch.randint(-1, rows, (rows + 3,), dtype=torch.int32, device=device) if index else None
     with poisoned():
         values, scales = api.quantize_e4m3(x, chosen)
     expected, expected_scales = quantize_reference(x, chosen)
-    assert torch.equal(scales.cpu(), expected_scales), "scales differ"
+    assert torch.equal(scales.cpu().nan_to_num(nan=-1), expected_scales.nan_to_num(nan=-1)), "scales differ"
     wrong = (values.view(torch.uint8).cpu() != expected).sum().item()
     assert wrong == 0, f"{wrong} of {expected.numel()} bytes differ"
 
