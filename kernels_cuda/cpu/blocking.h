@@ -67,8 +67,9 @@ size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
   return packed;
 }
 
-// The product of few rows: memory delivers B while it is used. The first tile of a column of tiles reads B where it
-// lies and packs it for the others; all fetch ahead the panel that comes next. A is packed whole for each part of k.
+// The product of few rows, for which packing B first would take as long as using it: here memory delivers B meanwhile.
+// The first tile of a column of tiles reads B where it lies, packs it for the others and fetches what comes next. Parts
+// of k are shallow, so that the processor's prefetcher can follow their rows.
 template <class Tile>
 void stream_block(const Block& block, char* scratch) {
   using Packed = typename Tile::Packed;
@@ -78,6 +79,7 @@ void stream_block(const Block& block, char* scratch) {
   float* c = reinterpret_cast<float*>(scratch + layout.c);
   for (int64_t k0 = 0; k0 < block.k; k0 += layout.depth) {
     const int64_t depth = smaller(layout.depth, block.k - k0), next = k0 + depth;
+    const int64_t next_depth = smaller(layout.depth, block.k - next);
     const bool first = k0 == 0, last = next == block.k;
     decltype(Tile::pack_a(a, block, 0, 0, 0, 0)) panels[(Tile::kStreamedRows + Tile::kRows - 1) / Tile::kRows];
     for (int64_t i = 0; i < layout.row_panels; ++i) {
@@ -86,9 +88,7 @@ void stream_block(const Block& block, char* scratch) {
     }
     for (int64_t j = 0; j < layout.column_panels; ++j) {
       const int64_t n0 = j * Tile::kColumns;
-      const bool turn = j + 1 == layout.column_panels;
-      const Ahead ahead = turn ? Ahead{last ? 0 : smaller(layout.depth, block.k - next), next, 0}
-                               : Ahead{depth, k0, n0 + Tile::kColumns};
+      const Ahead ahead = j + 1 < layout.column_panels ? Ahead{depth, k0, n0 + Tile::kColumns} : Ahead{next_depth, next, 0};
       for (int64_t i = 0; i < layout.row_panels; ++i) {
         const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
         float* sums = c + (j * layout.row_panels + i) * Tile::kRows * Tile::kColumns;
@@ -101,7 +101,8 @@ void stream_block(const Block& block, char* scratch) {
 
 // Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth, kRowPadding; pack_a(scratch, block, m0, rows, k0, depth): a
 // panel of rows, in the scratch or where it lies; pack_b(out, stride, block, k0, depth): all panels of columns;
-// multiply(rows, depth, a, b, sums, first, j, panels of columns); store(block, m0, rows, n0, columns, sums).
+// multiply(rows, depth, a, b, sums, first, j, panels of columns); store(block, m0, rows, n0, columns, sums). With
+// kStreamedRows above 0 also kStreamedDepth and stream(block, k0, depth, n0, rows, packs, a, b, sums, first, ahead).
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
   if constexpr (Tile::kStreamedRows > 0)
