@@ -1,4 +1,6 @@
 // AMX: 32 x 32 sums in four tile registers. TDPBF16PS rounds its sums to nearest even and flushes subnormals.
+#include <cstring>
+
 #include "avx512.h"
 
 namespace mindjax {
@@ -7,7 +9,7 @@ namespace {
 struct AmxTile {
   using Packed = uint16_t;
   static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kRowPadding = 32,
-                           kStreamedRows = 0;
+                           kStreamedRows = 16, kStreamedDepth = 64;
 
   // A row is `stride` elements after the one before, the next 32 of k are `step` after these.
   struct Rows {
@@ -110,6 +112,20 @@ struct AmxTile {
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
     asm volatile("" ::: "memory");
+  }
+
+  // The first tile of a column of tiles packs B into `b`.
+  static void stream(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
+                     const Rows& panel, uint16_t* b, float* sums, bool first, const Ahead& ahead) {
+    if (packs) {
+      auto* words = reinterpret_cast<int32_t*>(b);
+      const FromSource<PairSource> source(block, k0, depth, n0, ahead, words);
+      const int64_t used = (depth + 1) / 2;
+      __m512i low, high;
+      for (int64_t w = 0; w < used; ++w) source.load(w, low, high);
+      std::memset(words + used * 32, 0, size_t(round_up(depth, kDepthUnit) / 2 - used) * 128);
+    }
+    multiply(rows, depth, panel, b, sums, first, 0, 1);
   }
 };
 

@@ -196,9 +196,10 @@ def prompt_shape(sizes: Sequence[SampleSize], rows: int, config: ModelConfig) ->
     largest = max((frame for size in sizes for frame in size.frames), default=0)
     if not largest:
         return BatchShape(rows, length, **common)
-    vision_length = bucket(largest, 4 * config.vision.merge_unit)
-    frames = rows * max(len(size.frames) for size in sizes)
-    vision_rows = bucket(-(-frames // (vision_length // largest)), 1)
+    # Each frame has a row. Finer than a bucket, which may be a third too long: at most an eighth.
+    step = max(config.vision.merge_unit, (1 << (largest - 1).bit_length()) // 8)
+    vision_length = -(-largest // step) * step
+    vision_rows = bucket(rows * max(len(size.frames) for size in sizes), 1)
     return BatchShape(rows, length, vision_rows, vision_length, **common)
 
 
