@@ -28,6 +28,7 @@ from mindjax.models.spread import cut_params, parameter_axes, whole_gate_up
 from mindjax.models.vision import VisionFeatures
 from mindjax.ops.layer import in_place
 from mindjax.ops.norm import rms_norm
+from mindjax.ops.pallas_attention import LANES
 from mindjax.ops.scan import scan_layers
 from mindjax.types import Batch, Completion
 from sharding.layout import BATCH
@@ -196,8 +197,9 @@ def prompt_shape(sizes: Sequence[SampleSize], rows: int, config: ModelConfig) ->
     largest = max((frame for size in sizes for frame in size.frames), default=0)
     if not largest:
         return BatchShape(rows, length, **common)
-    # Each frame has a row. Finer than a bucket, which may be a third too long: at most an eighth.
-    step = max(config.vision.merge_unit, (1 << (largest - 1).bit_length()) // 8)
+    # Each frame has a row. Finer than a bucket, which may be a third too long; but TPU kernels take whole registers.
+    eighth = (1 << (largest - 1).bit_length()) // 8
+    step = max(config.vision.merge_unit, eighth, LANES if largest > 2 * LANES else 1)
     vision_length = -(-largest // step) * step
     vision_rows = bucket(rows * max(len(size.frames) for size in sizes), 1)
     return BatchShape(rows, length, vision_rows, vision_length, **common)

@@ -16,7 +16,7 @@ import torch
 
 from kernels_cuda import jax_fused
 from mindjax.config import ModelConfig
-from mindjax.data.packing import collate_prompts, size_of
+from mindjax.data.packing import SampleSize, collate_prompts, size_of
 from mindjax.data.render import Rendered, append_completion
 from mindjax.inference import sampler
 from mindjax.inference.sampler import SamplingConfig, generate, prompt_shape, sampling_keys
@@ -341,3 +341,15 @@ def test_bad_requests_are_refused(dense: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="at most 8 stop tokens"):
         SamplingConfig(stop_token_ids=tuple(range(9)))
     assert generate(params, config, [], sampling=SamplingConfig()) == []
+
+
+def test_a_row_of_patches_is_little_longer_than_its_frame() -> None:
+    unit = DENSE.vision.merge_unit
+    lengths = {
+        patches: prompt_shape([SampleSize(10, (patches,))], 3, DENSE).vision_length
+        for patches in (unit, 36, 144, 260, 1000, 1028, 16_384)
+    }
+    assert lengths == {unit: unit, 36: 40, 144: 160, 260: 384, 1000: 1024, 1028: 1280, 16_384: 16_384}
+    for patches, length in lengths.items():
+        assert patches <= length and length % unit == 0
+        assert length % 128 == 0 or patches <= 256  # what the TPU's attention takes
