@@ -58,11 +58,15 @@ TYPED: list[tuple[dict[str, Any], str, str]] = [
     ({"kind": "int", "value": 10**4000}, "1" + "0" * 4000, "1" + "0" * 3999),
     (
         {"kind": "float", "value": 3.14},
-        "3.14|+3.140|3.14.|314e-2|\uff13\uff0e\uff11\uff14|$3.14$",
-        "3.15|3.1|pi|3.14 3.14",
+        "3.14|+3.140|3.14.|314e-2|\uff13\uff0e\uff11\uff14|$3.14$|3.140003",
+        "3.15|3.1|pi|3.14 3.14|3.140004",
     ),
     ({"kind": "float", "value": 3.14, "tolerance": 0.01}, "3.15|3.13|3.1401", "3.1501|3.12"),
     ({"kind": "float", "value": 2000, "relative": 0.01}, "2,020|1980.0|2.01e3", "2021|1979|20,00"),
+    ({"kind": "float", "value": -2000, "relative": 0.01}, "-2,020|-1980", "-2021|-1979|2000"),
+    # The larger of the two bounds, not both.
+    ({"kind": "float", "value": 100, "tolerance": 1, "relative": 0.005}, "101|99", "101.1|98.9"),
+    ({"kind": "float", "value": 100, "tolerance": 0.5, "relative": 0.01}, "101|99", "101.1|98.9"),
     ({"kind": "float", "value": 0}, "0|-0.0|.0|0e9", "1e-9||.|e5|-|nan|inf|1e999|0x0"),
     (
         {"kind": "choice", "value": "B"},
@@ -87,7 +91,7 @@ TYPED: list[tuple[dict[str, Any], str, str]] = [
         "red, dark blue|Dark Blue and red.|red\u3001dark blue|dark blue; red|{red, dark blue}|red\ndark blue",
         "red|red, blue|red, dark blue, green|red dark blue||,|red, dark, blue",
     ),
-    ({"kind": "set", "value": ["红", "蓝"]}, "红、蓝|蓝和红|红\uff0c蓝\u3002", "红|红蓝"),
+    ({"kind": "set", "value": ["红", "蓝"]}, "红、蓝|蓝和红|蓝与红|红\uff0c蓝\u3002", "红|红蓝"),
     ({"kind": "set", "value": ["salt and pepper", "oil"]}, "oil, salt and pepper", "oil and salt and pepper"),
     ({"kind": "set", "value": [1, 2], "of": "int"}, "2, 1|\\boxed{\\{1, 2\\}}|01 and 2", "1, 2.0|1, x|12|1"),
     (

@@ -128,6 +128,7 @@ def test_pass_at_k_of_many_answers_neither_overflows_nor_cancels() -> None:
 
 def test_diversity_factor_has_the_known_values() -> None:
     np.testing.assert_allclose(advantages.diversity_factor(chain(), "pairwise")[0], [0.8, 0.6, 0.8, 0.8, 1, 0.8])
+    np.testing.assert_allclose(advantages.diversity_factor(chain())[0], [0.8, 0.6, 0.8, 0.8, 1, 0.8])
     np.testing.assert_allclose(advantages.diversity_factor(chain(), "partition")[0], [0.6, 0.6, 0.6, 0.8, 1, 0.8])
 
 
@@ -332,3 +333,5 @@ def test_bad_input_of_diversity_is_refused_with_the_fix() -> None:
     lopsided = good.copy()
     lopsided[0, 0, 1] = 0.5
     refused("symmetric", distance=lopsided)
+    lopsided[0, 0, 1] = 1 - 1e-7  # a rounding error of float32
+    np.testing.assert_allclose(advantages.diversity(rewards, lopsided), advantages.diversity(rewards, good), atol=1e-6)

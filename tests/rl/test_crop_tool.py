@@ -130,6 +130,10 @@ def test_crops_of_crops_agree_with_one_crop(boxes: Any) -> None:
         # Too long: the short side grows.
         ((0, 100, 400, 110), "pixels", WHOLE, CropRules(1, 4), (0, 55, 400, 155)),
         ((500, 0, 510, 768), "pixels", WHOLE, CropRules(1, 4), (409, 0, 601, 768)),
+        # 21 / 1.4 is 15.000000000000002, and 15 is all there is.
+        ((0, 0, 21, 15), "shown", View((0.0, 0.0, 21.0, 15.0), (15, 21)), CropRules(1, 1.4), (0, 0, 21, 15)),
+        ((100, 100, 102, 102), "pixels", WHOLE, CropRules(), (87, 87, 115, 115)),
+        ((0, 100, 400, 110), "pixels", WHOLE, CropRules(), (0, 55, 400, 155)),
     ],
 )
 def test_what_is_cut(box: Any, frame: Any, view: View, rules: CropRules, expected: Any) -> None:
@@ -235,6 +239,23 @@ def test_a_crop_of_a_crop_comes_from_the_original_pixels() -> None:
     assert env.step("the answer is red").done
 
 
+def test_the_pictures_of_a_conversation_are_counted_and_shown_on_both_axes() -> None:
+    """At half of the width and a quarter of the height, so that no two axes can be confused."""
+    env = CropEnv(lambda height, width: (height // 4, width // 2), CropRules(16, 4))
+    cases: list[tuple[dict[str, Any], tuple[int, int, int, int]]] = [
+        ({"box": [50, 50, 150, 150], "frame": "shown", "source": 0}, (100, 200, 300, 600)),
+        ({"box": [10, 20, 50, 80], "frame": "shown", "source": 1}, (120, 280, 200, 520)),
+        ({"box": [0, 250, 500, 500], "frame": "local", "source": 0}, (0, 192, 512, 384)),
+    ]
+    for _ in range(2):  # it begins anew
+        env.reset(question(numbered()))
+        for number, (arguments, region) in enumerate(cases):
+            message = env.step(call(**arguments)).message
+            assert message is not None
+            text = f"Picture {number + 1}: pixels {list(region)} of picture 0."
+            assert message["content"][1] == {"type": "text", "text": text}
+
+
 def test_an_invalid_call_is_answered_and_flagged() -> None:
     env = CropEnv(lambda height, width: (height, width), CropRules(16, 4))
     env.reset(question(numbered()))
@@ -244,6 +265,7 @@ def test_an_invalid_call_is_answered_and_flagged() -> None:
         (call(box=[10, 10, 50, 20], frame="feet"), "does not fit 'enum'"),
         (call(box=[10, 10, 50], frame="pixels"), "does not fit 'minItems'"),
         (call(box=[10, 10, 50, 20], frame="local"), "give its number as source"),
+        (call(box=[10, 10, 50, 20], frame="shown"), "give its number as source"),
         (call(box=[10, 10, 50, 20], frame="local", source=1), "no picture of that number; the last one is 0"),
         (call(box=[10, 10, 50, 20], frame="local", source=-1), "does not fit 'minimum'"),
         ("<tool_call>crop</tool_call>", "a call is JSON"),

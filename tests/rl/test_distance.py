@@ -16,8 +16,8 @@ TEXTS = st.lists(st.text("abc 红蓝.", max_size=8), min_size=1, max_size=6)
 
 
 def test_exact_sees_through_case_spacing_and_a_full_stop() -> None:
-    texts = ["Top  left.", "top left", "top right", "7", "07", "红。", "红"]
-    kinds = np.array([0, 0, 1, 2, 3, 4, 4])
+    texts = ["Top  left.", "top left", "top right", "7", "07", "红。", "红", "caf\u00e9", "Cafe\u0301 .", "ß", "SS"]
+    kinds = np.array([0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6])
     expected = (kinds[:, None] != kinds[None]).astype(np.float32)
     np.testing.assert_array_equal(DistanceConfig("exact").build()(texts), expected)
 
@@ -41,6 +41,11 @@ def test_lexical_equals_scikit_learns() -> None:
     np.testing.assert_allclose(lexical(texts), cosine_distances(counts[:, keep]), atol=1e-12)
 
 
+def test_texts_of_the_same_runs_are_not_nearer_than_the_same() -> None:
+    """Two orders of one multiset of triples, whose cosine rounds to more than 1."""
+    assert lexical(["abjgkabihab", "abihabjgkab"])[0, 1] >= 0
+
+
 def test_the_default_tells_answers_apart_and_not_their_spelling() -> None:
     """What the families reply, and two long answers that differ in a word."""
     distance = DistanceConfig().build()
@@ -59,7 +64,8 @@ def test_the_default_tells_answers_apart_and_not_their_spelling() -> None:
     different += ["否", "yellow triangle", "A", "B", "A B C", "A B D"]
     np.testing.assert_array_equal(distance(different), 1 - np.eye(len(different)))
     long = "The largest digit in the picture is the one in the middle, as nine is more than"
-    assert not distance(["red circle", "Red circle.", "red circles", "a red circle"]).any()
+    assert not distance(["red circle", "Red circle.", "red circles", "a red circle", "the red circle"]).any()
+    assert distance(["a red circle", "red circle, left"])[0, 1] == 1  # 0.26, just past the threshold
     assert not distance([f"{long} four.", f"{long} five."]).any()
 
 
@@ -165,6 +171,29 @@ def test_a_classifier_folder_is_read_through_transformers(folder: Path) -> None:
     pairs = [("red", "blue"), ("red " * 300, "blue " * 300)]
     np.testing.assert_allclose(load(str(folder), batch=1)(pairs), load(str(folder))(pairs), atol=1e-6)
     assert load(str(folder), max_tokens=8)([pairs[1]]).shape == (1,)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_one_label_rises_with_likeness_and_three_are_refused(folder: Path, tmp_path: Path, labels: int) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    from mindjax.interop.pair_classifier import load
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder, num_labels=labels))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if labels == 3:
+        with pytest.raises(ValueError, match="has 3 labels; it needs 2"):
+            load(str(tmp_path))
+        return
+    pairs = [("red", "blue"), ("a red circle", "红")]
+    with torch.no_grad():
+        logits = [float(model.eval()(**tokenizer(a, b, return_tensors="pt")).logits) for a, b in pairs]
+    assert abs(logits[0]) > 1e-3
+    np.testing.assert_allclose(load(str(tmp_path))(pairs), 1 / (1 + np.exp(-np.array(logits))), atol=1e-6)
 
 
 def test_a_folder_that_holds_no_classifier_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,11 +17,11 @@ from mindjax.data.render import Rendered, render
 from mindjax.inference.generate import stop_token_ids
 from mindjax.inference.sampler import SamplingConfig, generate, sampling_keys
 from mindjax.models import qwen3_vl
-from mindjax.rl.environments import Environment, Step, message_size, play, turn_keys
+from mindjax.rl.environments import Environment, Step, message_size, pictures, play, turn_keys
 from mindjax.rl.objective import GSPOLoss
 from mindjax.rl.rollout import PolicyBatch, Response, pack_responses
 from mindjax.rl.shapes import smallest, trajectory_shape, turn_shapes
-from mindjax.rl.tools import Access, InvalidCall, Tool, Toolbox, frozen, parse_call
+from mindjax.rl.tools import MAX_ANSWER, MAX_CHARACTERS, Access, InvalidCall, Tool, Toolbox, frozen, parse_call
 from mindjax.types import Completion, Sample, Trajectory
 from tests.inference.compiled import compilations
 from tests.rl import tiny
@@ -207,6 +207,9 @@ def test_a_trajectory_is_its_prompt_and_its_segments(policy: tuple[Any, ...]) ->
     recomputed = positions_from_tokens(first.rendered.tokens, grids, processor)
     np.testing.assert_array_equal(first.rendered.positions, recomputed)
     assert first.rendered.next_position == recomputed.max() + 1
+    # What a message adds is known beforehand, to the token.
+    size = SampleSize(len(first.segments[1].token_ids), (len(first.rendered.frames[1][0]),))
+    assert message_size(looked(images[0], "after 2"), processor) == size
     # The prompt's picture is one array for both, so that it is encoded once.
     assert first.rendered.frames[0][0] is second.rendered.frames[0][0]
     assert first.rendered.frames[1][0] is not second.rendered.frames[1][0]
@@ -225,8 +228,13 @@ def test_how_conversations_end(policy: tuple[Any, ...]) -> None:
     endless = one(looking(processor, 9, 2), Script(processor, [["a"], ["b"]]))
     assert endless.flags == {"overturn"} and endless.segments[-1].author == "policy" and turns(endless) == 2
     assert one(looking(processor, 1, 2), Script(processor, [["a"], ["b"]])).flags == frozenset(), "done in its last"
+    assert one(looking(processor, 9, 1), Script(processor, [["a"]])).flags == {"overturn"}
     cut = one(looking(processor, 9, 2), Script(processor, [["a"]], end=False))
     assert cut.flags == {"cut"} and turns(cut) == 1
+    circles = Script(processor, [["a"]])
+    circles.completion = lambda text: Completion(processor.encode_text(text), (-1.0,), "redundant")  # type: ignore[method-assign]
+    circling = one(looking(processor, 9, 2), circles)
+    assert circling.flags == {"redundant"} and turns(circling) == 1
     script = Script(processor, [["a"]])
     script.completion = lambda text: Completion((processor.endoftext_token_id,), (-1.0,), "stop")  # type: ignore[method-assign]
     assert one(looking(processor, 9, 2), script).flags == {"invalid"}
@@ -235,6 +243,55 @@ def test_how_conversations_end(policy: tuple[Any, ...]) -> None:
         one(small, Script(processor, [["a"], ["b"]]))
     with pytest.raises(ValueError, match="at least one turn"):
         looking(processor, 1, 0)
+
+
+class Drawn:
+    """Is over after a turn, which it flags; knows the sample that it began with."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.number, self.sample = rng.random(), None
+
+    def reset(self, sample: Sample) -> Any:
+        self.sample = sample
+        return sample.messages[:-1]
+
+    def step(self, text: str) -> Step:
+        return Step(flags=frozenset({"invalid" if self.sample is None else self.sample.id}))
+
+
+def test_an_environment_begins_with_its_sample_and_flags_its_last_step(policy: tuple[Any, ...]) -> None:
+    """Its random numbers follow from seed, step, prompt and number: no two conversations share them."""
+    _, _, processor = policy
+    made: list[Drawn] = []
+
+    def make(rng: np.random.Generator) -> Drawn:
+        made.append(Drawn(rng))
+        return made[-1]
+
+    environment = Environment(make, 2, SampleSize(0))
+    prompts = [environment.prompt(i, sample, processor) for i, sample in enumerate(tiny.samples()[:2])]
+    made.clear()
+    for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        script = Script(processor, [["a"] * 2 * SAMPLES])
+        played = play(script, prompts, SAMPLING, seed, step, environment=environment, processor=processor)
+        assert [t.flags for t in flat(played)] == [{prompt.sample.id} for prompt in prompts for _ in range(SAMPLES)]
+    assert len({env.number for env in made}) == len(made) == 4 * 2 * SAMPLES
+
+
+def test_a_message_is_held_to_each_of_its_bounds() -> None:
+    environment = Environment(lambda rng: Looks(rng, 0), 1, SampleSize(10, (8, 4)))
+    for size in (SampleSize(10, (8, 8)), SampleSize(0), SampleSize(10, (4,))):
+        environment.check(size)
+    for size in (SampleSize(11), SampleSize(10, (9,)), SampleSize(10, (4, 4, 4))):
+        with pytest.raises(ValueError, match="more than its largest_message says"):
+            environment.check(size)
+
+
+def test_pictures_are_found_in_order_and_by_path() -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    parts = [{"type": "text", "text": "two"}, {"type": "image", "path": "a.png"}, {"type": "image", "image": image}]
+    found = pictures([{"role": "system", "content": "look"}, {"role": "user", "content": parts}])
+    assert found[0] == "a.png" and found[1] is image and len(found) == 2
 
 
 def test_without_an_answer_it_is_a_plain_rollout(talkative: tuple[Any, ...], rollout: tuple[Any, ...]) -> None:
@@ -419,6 +476,13 @@ def counter(access: Access) -> Tool:
     return Tool(f"add_{access.name.lower()}", schema, access, run, "adds")
 
 
+@dataclass(frozen=True)
+class Held:
+    """Part of a state, whose own contents could be changed."""
+
+    pixels: np.ndarray
+
+
 def test_a_reader_cannot_write() -> None:
     """Neither a READ tool that tries to, nor a caller with READ access through a WRITE tool."""
     state: dict[str, Any] = {"count": 0, "list": [1], "pixels": np.zeros(3), "deep": {"set": {1}}}
@@ -428,7 +492,7 @@ def test_a_reader_cannot_write() -> None:
         reader.call(state, "add_read", {"by": 2})
     with pytest.raises(TypeError, match="does not support item assignment"):
         writer.call(state, "add_read", {"by": 2})
-    with pytest.raises(InvalidCall, match="you may only read, not call 'add_write'; you may call add_read"):
+    with pytest.raises(InvalidCall, match=r"you may only read, not call 'add_write'; you may call add_read$"):
         reader.call(state, "add_write", {"by": 2})
     assert state["count"] == 0
     assert writer.call(state, "add_write", {"by": 2}) == 2 and state["count"] == 2
@@ -441,6 +505,10 @@ def test_a_reader_cannot_write() -> None:
     ):  # fmt: skip
         with pytest.raises((AttributeError, ValueError)):
             write()
+    nested = frozen([[np.zeros(3)], Held(np.zeros(3))])
+    for pixels in (nested[0][0], nested[1].pixels):
+        with pytest.raises(ValueError, match="read-only"):
+            pixels[0] = 1.0
     with pytest.raises(TypeError, match="is plain data"):
         frozen({"file": object()})
 
@@ -478,6 +546,16 @@ def test_calls_are_held_to_the_schema() -> None:
         Toolbox([counter(Access.READ)] * 2)
 
 
+def test_a_refusal_is_short_whatever_was_called() -> None:
+    """`MAX_ANSWER` bounds the shapes of rollouts."""
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    tools = [Tool(f"a_tool_of_some_length_{n}", schema, Access.READ, lambda s, a: None) for n in range(20)]
+    for name, arguments in (("x" * 500, {}), (tools[0].name, {"x" * 500: "1"})):
+        with pytest.raises(InvalidCall) as refusal:
+            Toolbox(tools).call({}, name, arguments)
+        assert 40 < len(str(refusal.value)) <= MAX_ANSWER
+
+
 def test_calls_are_parsed_or_refused_with_a_reason() -> None:
     assert parse_call("the answer is 7") is None
     assert parse_call('hm <tool_call>\n{"name": "f", "arguments": {"x": [1]}}\n</tool_call>') == ("f", {"x": [1]})
@@ -490,5 +568,10 @@ def test_calls_are_parsed_or_refused_with_a_reason() -> None:
     ):  # fmt: skip
         with pytest.raises(InvalidCall):
             parse_call(f"<tool_call>{body}</tool_call>")
-    with pytest.raises(InvalidCall, match="one call"):
-        parse_call(f"<tool_call>{ok}")
+    for text in (f"<tool_call>{ok}", f"<tool_call>{ok}</tool_call> and <tool_call>"):
+        with pytest.raises(InvalidCall, match="one call"):
+            parse_call(text)
+    call = f"<tool_call>{ok}</tool_call>"
+    assert parse_call(call.ljust(MAX_CHARACTERS)) == ("f", {})
+    with pytest.raises(InvalidCall, match="at most 10000 characters"):
+        parse_call(call.ljust(MAX_CHARACTERS + 1))

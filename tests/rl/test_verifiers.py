@@ -56,6 +56,8 @@ MATHS = [
     (r"\sqrt{8}", r"$2\sqrt{2}$", True),
     (r"\{1, 2\}", r"\boxed{\{2, 1\}}", True),
     ("(1, 2)", "(2, 1)", False),
+    ("x>1", r"(1,\infty)", True),
+    (r"(1,\infty)", "x>1", False),  # an answer may leave the variable out, not bring one in
     (r"50\%", "0.5", True),
     ("7", "007", True),
     ("5", "\uff15", True),  # full-width
@@ -65,6 +67,7 @@ MATHS = [
     ("5", "5 or 6", False),
     ("blue", r"\boxed{blue}", True),  # no mathematics, and math-verify on its own says no
     ("blue", r"\boxed{\text{blue}}", True),
+    ("blue", r"\boxed{blue. }", True),
     ("blue", r"\boxed{red}", False),
     ("5", "", False),
     ("5", "\\", False),
@@ -189,7 +192,8 @@ def test_ten_megabytes_are_not_looked_at(impatient: Verifier) -> None:
     assert impatient.counters()["verifier_too_long"] == 11
     assert time.process_time() - seconds < 1  # 100 MB of text were made meanwhile
     assert impatient("5" + " " * (MAX_CHARACTERS - 1), answers[1]) == 1
-    assert impatient("+" + "0" * MAX_EXPRESSION, maths("0")) == 0  # no page of mathematics either
+    assert impatient("0" * MAX_EXPRESSION, maths("0")) == 1
+    assert impatient("0" * (MAX_EXPRESSION + 1), maths("0")) == 0  # no page of mathematics either
     assert impatient.counters()["verifier_too_long"] == 1
 
 
@@ -256,12 +260,45 @@ def test_a_worker_killed_in_the_middle_of_a_question_is_asked_again() -> None:
         assert judge.pid != first and judge.counts == {"timeouts": 1}
 
 
+def test_a_question_that_ends_its_process_twice_is_answered_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the machine has no memory left."""
+    with Worker() as judge:
+        asked: list[str] = []
+
+        def exchange(process: Any, question: str, seconds: float) -> dict[str, Any]:
+            if question:
+                asked.append(question)
+                process.kill()
+            return original(process, question, seconds)
+
+        original = judge._exchange
+        monkeypatch.setattr(judge, "_exchange", exchange)
+        assert not judge.maths("0.5", "1/2")
+        assert len(asked) == 2 and judge.counts == {"failures": 1}
+
+
+def test_the_process_writes_no_file_and_takes_no_more_than_its_memory() -> None:
+    with Worker(memory=1 << 29) as judge:
+        assert judge.maths("0.5", "1/2")
+        limits = Path(f"/proc/{judge.pid}/limits").read_text().splitlines()
+    found = {line[:26].strip(): line[26:].split()[:2] for line in limits}
+    assert found["Max file size"] == found["Max core file size"] == ["0", "0"]
+    assert found["Max address space"] == [str(1 << 29)] * 2
+
+
 def test_memory_is_bounded() -> None:
     with Worker(20.0, memory=1 << 27) as judge:
         assert judge.matches("a*", "a" * 1000)
         assert not judge.matches("a*", "a" * 60_000_000)
         assert judge.counts == {"failures": 1}
         assert judge.maths("0.5", "1/2")
+
+
+def test_what_is_no_pattern_is_counted_as_a_failure() -> None:
+    verifier = Verifier()
+    assert verifier.form("a", "(") == 0
+    assert verifier.counters() == {"verifier_timeouts": 0, "verifier_failures": 1, "verifier_too_long": 0}
+    verifier.close()
 
 
 def test_a_pattern_that_goes_back_and_forth_costs_its_timeout() -> None:
@@ -271,6 +308,7 @@ def test_a_pattern_that_goes_back_and_forth_costs_its_timeout() -> None:
     assert verifier.counters() == {"verifier_timeouts": 1, "verifier_failures": 0, "verifier_too_long": 0}
     assert time.monotonic() - began < BOUND
     assert verifier.form("a\nb", "a.b") == 1
+    assert verifier.form("ab", "a") == verifier.form("ba", "a") == 0  # all of the reply has to match
     verifier.close()
 
 
@@ -332,8 +370,17 @@ def test_it_ends_with_whoever_started_it() -> None:
 def test_without_math_verify_the_fix_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Worker() as judge, pytest.raises(RuntimeError, match="pip install math-verify"):
-        judge.maths("0.5", "1/2")
+    with Worker() as judge:
+        for _ in range(2):  # the second question is not answered no
+            with pytest.raises(RuntimeError, match="pip install math-verify"):
+                judge.maths("0.5", "1/2")
+
+
+def test_what_a_library_prints_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text("print('a note')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Worker() as judge:
+        assert judge.matches("a*", "aa") and not judge.matches("a*", "ab")
 
 
 def test_bad_arguments() -> None:
