@@ -9,7 +9,7 @@ namespace {
 struct AmxTile {
   using Packed = uint16_t;
   static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kRowPadding = 32,
-                           kStreamedRows = 16, kStreamedDepth = 64;
+                           kStreamedRows = 16, kStreamedDepth = 32;
 
   // A row is `stride` elements after the one before, the next 32 of k are `step` after these.
   struct Rows {
