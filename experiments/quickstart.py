@@ -42,7 +42,7 @@ def get_config(size: str = "") -> ConfigDict:
     config.sft_knowledge = _sft(debug, steps=1400)
     config.sft_ability = _sft(debug, steps=2600)
     config.sft_preference = _sft(debug, steps=1000, learning_rate=4e-3)
-    config.sft_continued = _sft(debug, steps=2550, learning_rate=2e-3)  # the arithmetic of GSPO's steps
+    config.sft_continued = _sft(debug, steps=1915, learning_rate=2e-3)  # the arithmetic of GSPO's steps
     config.gspo = _gspo(debug)
     config.dpo = _dpo(debug)
     return config
@@ -103,7 +103,7 @@ def _sft(debug: bool, steps: int, learning_rate: float = 6e-3) -> ConfigDict:
 def _gspo(debug: bool) -> ConfigDict:
     gspo = ConfigDict()
     gspo.dtype = "bfloat16"
-    gspo.steps = 2 if debug else 600
+    gspo.steps = 2 if debug else 450
     gspo.prompts_per_step = 4 if debug else 16
     gspo.samples_per_prompt = 4 if debug else 8
     gspo.updates_per_rollout = 2

@@ -40,6 +40,13 @@ def available(backend: str) -> bool:
     return True
 
 
+@functools.cache
+def multiplies_few_int8() -> bool:
+    """Whether the CPU's library has instructions for int8 products of few rows, and so a kernel."""
+    handle = library.load("cpu").handle
+    return handle is not None and available("cpu") and handle.mjk_isa() == b"amx_bf16"
+
+
 def _call(name: str, results: Any, *operands: Array, aliases: dict[int, int] | None = None, **attributes: int) -> Any:
     for backend in PLATFORMS:
         available(backend)

@@ -14,7 +14,8 @@ on one side as on the other. The model is random and stops nowhere by itself, so
 take a limit per answer; transformers goes on to the longest answer of the batch, for nothing that it offers ends one
 earlier, and only the tokens that were asked for count. vLLM shares the prompt and the picture between samples
 (prefix and encoder caches), and forgets them between repetitions as it must when weights change. Bars: at least 5
-times transformers, at most 1.2 times vLLM's time.
+times transformers, at most 1.2 times vLLM's time. Ours runs a second time with int8 weights, as rollouts may that the
+trainer corrects; the bars are for the first.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ SIDES = {"step": ("mindjax", "tunix"), "rollout": ("mindjax", "transformers", "v
 SIZES = ("full", "tiny")
 # Ours beside itself.
 ALONE: dict[str, dict[str, Any]] = {"two updates": {"updates": 2}, "pictures": {"pictures": True}}
+INT8 = "mindjax, int8 weights"
 # Ratios of seconds, ours over theirs, at most.
 BARS = {"tunix": 0.5, "transformers": 1 / 5, "vllm": 1.2}
 
@@ -158,8 +160,9 @@ def in_turns(commands: dict[str, tuple[list[str], dict[str, str]]], repetitions:
     finally:
         for worker in workers.values():
             worker.kill()
-    if result.get("mindjax", {}).get("compiled"):
-        raise RuntimeError(f"{result['mindjax']['compiled']} compilations after the warm-up")
+    for side, values in result.items():
+        if values.get("compiled"):
+            raise RuntimeError(f"{side}: {values['compiled']} compilations after the warm-up")
     return result
 
 
@@ -191,17 +194,19 @@ def measure_rollout(case: RolloutCase, sides: Sequence[str], repetitions: int) -
         wanted = [side for side in SIDES["rollout"] if side in sides]
         # Ours warms up last: the others' choices of settings are then made on a machine without it.
         commands = {side: _worker(side, case, folder) for side in sorted(wanted, key="mindjax".__eq__)}
+        commands[INT8] = _worker("mindjax", replace(case, weights="int8"), folder)
         result = in_turns(commands, repetitions)
     for values in result.values():
         values["tokens_per_second"] = int(case.lengths.sum()) / values["seconds"]
     described = asdict(case) | {"lengths": case.lengths.tolist()}
-    return {"case": described, "sides": result, "ratios": ratios(result), "floor": floor(case)}
+    return {"case": described, "sides": result, "ratios": ratios(result), "int8_ratios": ratios(result, INT8),
+            "floor": floor(case)}  # fmt: skip
 
 
-def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
+def ratios(sides: dict[str, dict[str, Any]], ours: str = "mindjax") -> dict[str, float]:
     """Our seconds over those of every other side."""
-    ours = sides["mindjax"]["seconds"]
-    return {side: ours / sides[side]["seconds"] for side in BARS if side in sides}
+    seconds = sides[ours]["seconds"]
+    return {side: seconds / sides[side]["seconds"] for side in BARS if side in sides}
 
 
 def missed(result: dict[str, Any]) -> list[str]:
@@ -234,6 +239,8 @@ def table(result: dict[str, Any]) -> str:
         for side, values in rollout["sides"].items():
             lines.append(f"{_row(side, values, rollout['ratios'])}{values['tokens_per_second']:>10.1f}"
                          f"{values['peak'] / MIB:>8,.0f}  {values['settings']}")  # fmt: skip
+        others = (f"{ratio:.2f} of {side}'s time" for side, ratio in rollout["int8_ratios"].items())
+        lines.append(f"with int8 weights: {', '.join(others) or 'nothing to compare with'}")
         least = rollout["floor"]
         lines.append(f"floor: {least['operations'] / 1e9:,.1f} GFLOP, {least['bytes'] / 1e9:,.2f} GB" + (
             f"; at {least['operations_per_second'] / 1e9:,.0f} GFLOP/s and {least['bytes_per_second'] / 1e9:,.1f} GB/s "

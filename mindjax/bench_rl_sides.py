@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class RolloutCase:
       text: tokens of a prompt beside its picture's.
       shortest, longest: of an answer, in tokens.
       dtype: of weights and computation.
+      weights: "int8" or "fp8", of our side's layers; "none" leaves them as they are.
     """
 
     size: str = "full"
@@ -72,6 +73,7 @@ class RolloutCase:
     shortest: int = 8
     longest: int = 64
     dtype: str = "float32"
+    weights: str = "none"
 
     @property
     def lengths(self) -> np.ndarray:
@@ -207,15 +209,19 @@ class OurRollout:
     """`mindjax.inference.sampler.generate`."""
 
     def __init__(self, case: RolloutCase, folder: Path):
+        from mindjax.inference.quantized import Kind, quantize_params
         from mindjax.inference.sampler import SamplingConfig
         from mindjax.models import catalog
 
         self._model, self._params = catalog.load(folder, dtype=case.dtype)
+        self.settings = "limits per answer"
+        if case.weights != "none":
+            self._params = quantize_params(self._params, self._model, cast(Kind, case.weights))
+            self.settings += f", {case.weights} weights"
         self._prompts, self._case, self._calls = prompts(case), case, 0
         self._sampling = SamplingConfig(
             max_new_tokens=int(case.lengths.max()), num_samples=case.samples, ignore_eos=True
         )
-        self.settings = "limits per answer"
 
     def step(self) -> int:
         from mindjax.inference.sampler import generate, sampling_keys

@@ -26,7 +26,8 @@ def test_our_side_ends_in_seconds_and_figures(
     bench.main("rl --size tiny --sides mindjax --repetitions 2 --json".split())
     result = json.loads(capsys.readouterr().out)
     step, rollout = result["step"]["sides"], result["rollout"]["sides"]
-    assert set(step) == {"mindjax"} and set(rollout) == {"mindjax"}
+    assert set(step) == {"mindjax"} and set(rollout) == {"mindjax", bench_rl.INT8}
+    assert "int8" in rollout[bench_rl.INT8]["settings"] and "int8" not in rollout["mindjax"]["settings"]
     for side in (*step.values(), *rollout.values()):
         assert side["seconds"] > 0 and side["cpu_seconds"] > 0 and side["compiled"] == 0 and side["peak"] > 2**20
     shares = step["mindjax"]["shares"]

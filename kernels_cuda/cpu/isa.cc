@@ -23,6 +23,7 @@ extern const Kernels kAvx512DotBf16;
 #endif
 #ifdef MINDJAX_AMX_BF16
 extern const Kernels kAmxBf16;
+extern const S8Kernels kAmxS8;
 #endif
 
 namespace {
@@ -44,7 +45,7 @@ struct Features {
     // F, DQ, BW, VL
     avx512f = avx2 && zmm && (b7 & (1u << 16)) && (b7 & (1u << 17)) && (b7 & (1u << 30)) && (b7 & (1u << 31));
     avx512_bf16 = avx512f && (a71 & (1u << 5));
-    amx_bf16 = avx512_bf16 && tiles && (d7 & (1u << 22)) && (d7 & (1u << 24)) && may_use_tiles();
+    amx_bf16 = avx512_bf16 && tiles && (d7 & (1u << 22)) && (d7 & (1u << 24)) && (d7 & (1u << 25)) && may_use_tiles();
   }
 
   // Linux hands out the tile registers' state on request (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
@@ -68,18 +69,18 @@ Isa choose() {
   if (const char* wanted = std::getenv("MINDJAX_CPU_ISA"))
     for (int i = 0; i < level; ++i)
       if (!std::strcmp(wanted, kNames[i])) level = i;
-  Isa chosen = {kNames[0], &kScalarF32, &kScalarBf16};
+  Isa chosen = {kNames[0], &kScalarF32, &kScalarBf16, nullptr};
 #ifdef MINDJAX_AVX2
-  if (level >= 1) chosen = {kNames[1], &kAvx2F32, &kAvx2Bf16};
+  if (level >= 1) chosen = {kNames[1], &kAvx2F32, &kAvx2Bf16, nullptr};
 #endif
 #ifdef MINDJAX_AVX512F
-  if (level >= 2) chosen = {kNames[2], &kAvx512F32, &kAvx512Bf16};
+  if (level >= 2) chosen = {kNames[2], &kAvx512F32, &kAvx512Bf16, nullptr};
 #endif
 #ifdef MINDJAX_AVX512_BF16
-  if (level >= 3) chosen = {kNames[3], &kAvx512F32, &kAvx512DotBf16};
+  if (level >= 3) chosen = {kNames[3], &kAvx512F32, &kAvx512DotBf16, nullptr};
 #endif
 #ifdef MINDJAX_AMX_BF16
-  if (level >= 4) chosen = {kNames[4], &kAvx512F32, &kAmxBf16};
+  if (level >= 4) chosen = {kNames[4], &kAvx512F32, &kAmxBf16, &kAmxS8};
 #endif
   return chosen;
 }

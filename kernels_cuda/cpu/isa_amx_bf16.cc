@@ -129,6 +129,90 @@ struct AmxTile {
   }
 };
 
+// Few rows of int8. The rows of w are rows of a tile as they lie in memory, where nothing is packed; those of x are
+// packed as words of four along k, [k / 4][16 rows].
+constexpr int64_t kS8Rows = 64;
+
+size_t s8_scratch(int64_t m, int64_t k) { return size_t(round_up(m, 16) * k + 4 * 16 * 16 * 4); }
+
+// Sixteen outputs of sixteen rows: `sums` is [output][row].
+void store_s8(const S8Block& block, int64_t m0, int64_t n0, const int32_t* sums) {
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(sums + i * 16);
+  transpose(r);
+  const __m512 ws = _mm512_loadu_ps(block.ws + n0);
+  const int64_t rows = smaller(16, block.m - m0);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i >= rows) break;
+    const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(block.xs[m0 + i]), ws), y = _mm512_mul_ps(_mm512_cvtepi32_ps(r[i]), scale);
+    const int64_t at = (m0 + i) * block.ldc + n0;
+    if (block.out == MJK_BF16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(block.result) + at), narrow16(y));
+    else
+      _mm512_storeu_ps(static_cast<float*>(block.result) + at, y);
+  }
+}
+
+void multiply_s8(const S8Block& block, char* scratch) {
+  const int64_t k = block.k, panels = round_up(block.m, 16) / 16;
+  auto* packed = reinterpret_cast<int8_t*>(scratch);
+  auto* sums = reinterpret_cast<int32_t*>(scratch + panels * 16 * k);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t s = 0; s < k; s += 64) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const int64_t row = p * 16 + i;
+        r[i] = row < block.m ? _mm512_loadu_si512(block.x + row * k + s) : _mm512_setzero_si512();
+      }
+      transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(packed + (p * k + s + i * 4) * 16, r[i]);
+    }
+  }
+  for (int64_t n0 = 0; n0 < block.n; n0 += 32) {
+    const bool both = n0 + 32 <= block.n;
+    const int8_t *w = block.w + n0 * k, *next = w + 32 * k;
+    const int64_t left = (block.n - n0) * k - 32 * k;  // bytes of w after these rows
+    for (int64_t p = 0; p < panels; p += 2) {
+      const bool two = p + 1 < panels;
+      const int8_t* b = packed + p * k * 16;
+      asm volatile("" ::: "memory");  // as in AmxTile::multiply
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t s = 0; s < k; s += 64) {
+        if (p == 0)
+          for (int64_t line = s * 32; line < s * 32 + 2048 && line < left; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
+        _tile_loadd(6, b + s * 16, 64);
+        _tile_loadd(4, w + s, k);
+        _tile_dpbssd(0, 4, 6);
+        if (both) {
+          _tile_loadd(5, w + 16 * k + s, k);
+          _tile_dpbssd(2, 5, 6);
+        }
+        if (two) {
+          _tile_loadd(7, b + (k + s) * 16, 64);
+          _tile_dpbssd(1, 4, 7);
+          if (both) _tile_dpbssd(3, 5, 7);
+        }
+      }
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + 256, 64);
+      _tile_stored(2, sums + 512, 64);
+      _tile_stored(3, sums + 768, 64);
+      asm volatile("" ::: "memory");
+      for (int64_t half = 0; half < (both ? 2 : 1); ++half)
+        for (int64_t panel = 0; panel < (two ? 2 : 1); ++panel)
+          store_s8(block, (p + panel) * 16, n0 + half * 16, sums + half * 512 + panel * 256);
+    }
+  }
+}
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -143,5 +227,7 @@ void leave() { _tile_release(); }
 
 extern const Kernels kAmxBf16 = {"amx_bf16", AmxTile::kRows, AmxTile::kColumns, AmxTile::kDepth, sizeof(AmxTile::Packed), AmxTile::kStreamedRows, scratch_bytes<AmxTile>,
                                  multiply_block<AmxTile>, enter, leave};
+
+extern const S8Kernels kAmxS8 = {kS8Rows, s8_scratch, multiply_s8};
 
 }  // namespace mindjax

@@ -38,10 +38,26 @@ struct Kernels {
   void (*leave)();
 };
 
-// Per instruction set: for float32, for bfloat16 and the quantised types.
+// result[m, n] = the sum over k of x[m, k] w[n, k], an int32, times (xs[m] ws[n]); n of 16, k of 64.
+struct S8Block {
+  const int8_t *x, *w;
+  const float *xs, *ws;
+  int64_t m, n, k, ldc;
+  mjk_dtype out;
+  void* result;
+};
+
+struct S8Kernels {
+  int64_t rows;  // the most of x
+  size_t (*scratch)(int64_t m, int64_t k);
+  void (*multiply)(const S8Block& block, char* scratch);
+};
+
+// Per instruction set: for float32, for bfloat16 and the quantised types, for few rows of int8 (NULL: as the others).
 struct Isa {
   const char* name;
   const Kernels *f32, *bf16;
+  const S8Kernels* s8;
 };
 
 }  // namespace mindjax

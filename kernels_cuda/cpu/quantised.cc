@@ -114,6 +114,29 @@ void multiply(const Quantised& q, const Kernels& kernels, int64_t group, int64_t
   }
 }
 
+// Few rows of int8 with an instruction for them: an item is a run of a group's outputs.
+int run_few(const mjk_pool* pool, const Quantised& q, const S8Kernels& s8, const std::vector<int64_t>& starts) {
+  std::vector<int64_t> used;
+  for (int64_t g = 0; g < q.groups; ++g)
+    if (starts[size_t(g + 1)] > starts[size_t(g)]) used.push_back(g);
+  const int64_t threads = pool ? pool->threads : 1, groups = int64_t(used.size());
+  const int64_t parts = groups >= 3 * threads ? 1 : groups > 1 ? threads : std::min(threads, blocks(q.n, 32));
+  const int64_t part = blocks(blocks(q.n, parts), 32) * 32, across = blocks(q.n, part);
+  const auto item = [&](int64_t i, char* memory) {
+    const int64_t group = used[size_t(i / across)], n0 = i % across * part, row = starts[size_t(group)];
+    S8Block block = {};
+    block.x = reinterpret_cast<const int8_t*>(q.x) + row * q.k;
+    block.w = reinterpret_cast<const int8_t*>(q.w) + (group * q.n + n0) * q.k;
+    block.xs = q.xs + row;
+    block.ws = q.ws + group * q.n + n0;
+    block.m = starts[size_t(group + 1)] - row, block.n = std::min(part, q.n - n0), block.k = q.k, block.ldc = q.n;
+    block.out = q.out;
+    block.result = q.result + (row * q.n + n0) * (q.out == MJK_F32 ? 4 : 2);
+    s8.multiply(block, memory);
+  };
+  return run_items(pool, threads, groups * across, s8.scratch(s8.rows, q.k), *isa().bf16, item);
+}
+
 int run(const mjk_pool* pool, const Quantised& q, int64_t groups_total, int64_t group_offset,
         const int32_t* group_sizes) {
   if (q.out != MJK_F32 && q.out != MJK_BF16) return fail(MJK_UNSUPPORTED, "the result must be float32 or bfloat16");
@@ -122,6 +145,11 @@ int run(const mjk_pool* pool, const Quantised& q, int64_t groups_total, int64_t 
   const int64_t row = q.n * (q.out == MJK_F32 ? 4 : 2), across = blocks(q.n, kColumns);
   std::memset(q.result, 0, size_t(starts.front() * row));
   std::memset(q.result + starts.back() * row, 0, size_t((q.rows - starts.back()) * row));
+  int64_t tallest = 0;
+  for (int64_t g = 0; g < q.groups; ++g) tallest = std::max(tallest, starts[size_t(g + 1)] - starts[size_t(g)]);
+  const bool whole = q.in == MJK_S8 && q.n % 16 == 0 && q.k % 64 == 0 && q.n * q.k > 0;
+  const S8Kernels* s8 = whole ? isa().s8 : nullptr;
+  if (s8 && tallest <= s8->rows) return run_few(pool, q, *s8, starts);
   for (int64_t g = 0; g < q.groups; ++g)
     first.push_back(first.back() + blocks(starts[size_t(g + 1)] - starts[size_t(g)], kRows) * across);
   const Kernels& kernels = *isa().bf16;

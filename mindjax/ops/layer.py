@@ -26,22 +26,25 @@ class Layer:
     """Takes the place of a weight in `matmul` and `grouped_matmul`, without gradients.
 
     Attributes:
-      stack: [L, ...].
+      stack: [L, ...], or a quantised [L, N, K].
       number: scalar int32, which of them.
     """
 
-    stack: Array
+    stack: Any
     number: Array
 
-    def slice(self) -> Array:
+    def slice(self) -> Any:
         """[...], a copy."""
-        bits = lax.dynamic_index_in_dim(to_bits(self.stack), self.number, keepdims=False)
-        return from_bits(bits, self.stack.dtype)
 
-    def groups(self, sizes: Array) -> tuple[Array, Array]:
+        def one(leaf: Array) -> Array:
+            return from_bits(lax.dynamic_index_in_dim(to_bits(leaf), self.number, keepdims=False), leaf.dtype)
+
+        return jax.tree.map(one, self.stack)
+
+    def groups(self, sizes: Array) -> tuple[Any, Array]:
         """(matrices [L x G, K, N] of all layers, [L x G] `sizes` [G] for those of this one and 0 for the others)."""
-        matrices = self.stack.reshape(-1, *self.stack.shape[-2:])
-        empty = jnp.zeros(matrices.shape[0], jnp.int32)
+        matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), self.stack)
+        empty = jnp.zeros(jax.tree.leaves(matrices)[0].shape[0], jnp.int32)
         return matrices, lax.dynamic_update_slice_in_dim(empty, sizes, self.number * sizes.shape[0], axis=0)
 
 
@@ -49,14 +52,20 @@ def in_place(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
     """Divides a tree of stacks for a loop over layers.
 
     Returns:
-      (what to slice: norms, and matrices of 8 bits; a function of its slices and the layer's number that gives the
-      layer's whole tree, with a `Layer` for every other matrix).
+      (what to slice: norms, and matrices of 8 bits that no product reads in place; a function of its slices and the
+      layer's number that gives the layer's whole tree, with a `Layer` for every other matrix).
     """
     leaves, tree = jax.tree.flatten(layers, is_leaf=lambda node: isinstance(node, Quantized))
-    sliced = [leaf if isinstance(leaf, Quantized) or leaf.ndim < 3 else None for leaf in leaves]
+    sliced = [None if _is_read(leaf) else leaf for leaf in leaves]
 
     def layer(slices: Any, number: Array) -> Any:
         pairs = zip(leaves, slices, strict=True)
         return jax.tree.unflatten(tree, [Layer(leaf, number) if here is None else here for leaf, here in pairs])
 
     return sliced, layer
+
+
+def _is_read(leaf: Array | Quantized) -> bool:
+    if isinstance(leaf, Quantized):
+        return leaf.values.dtype == jnp.int8 and leaf.values.ndim == 3
+    return leaf.ndim >= 3

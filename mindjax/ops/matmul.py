@@ -16,6 +16,8 @@ from mindjax.ops.quantize import ACTIVATIONS, Quantized, quantize, quantized_mat
 
 Array = jax.Array
 
+FEW_ROWS = 64  # of int8, for which the CPU's kernel is made
+
 
 def matmul(x: Array, w: Array | Quantized | Layer, *, dtype: Any = None) -> Array:
     """`x @ w` with float32 accumulation in the product and in both gradients.
@@ -33,7 +35,7 @@ def matmul(x: Array, w: Array | Quantized | Layer, *, dtype: Any = None) -> Arra
     product without a float32 result at half speed.
     """
     dtype = jnp.dtype(dtype or x.dtype)
-    if isinstance(w, Quantized):
+    if isinstance(w, Quantized) or (isinstance(w, Layer) and isinstance(w.stack, Quantized)):
         return _quantized(x, w, dtype)
     return _of_layer(x, w, dtype) if isinstance(w, Layer) else _matmul(x, w, dtype)
 
@@ -46,16 +48,27 @@ def _of_layer(x: Array, w: Layer, dtype: jnp.dtype) -> Array:
     return on_cpu(kernel, lambda x, w: _matmul(x, w.slice(), dtype), x, w)
 
 
-def _quantized(x: Array, w: Quantized, dtype: jnp.dtype) -> Array:
-    rows = quantize(x.reshape(-1, x.shape[-1]), ACTIVATIONS[w.format])
-    product = partial(quantized_matmul, dtype=dtype)
+def _quantized(x: Array, w: Quantized | Layer, dtype: jnp.dtype) -> Array:
+    format = (w.stack if isinstance(w, Layer) else w).format
+    rows = quantize(x.reshape(-1, x.shape[-1]), ACTIVATIONS[format])
 
-    def kernel(rows: Quantized, w: Quantized) -> Array:
-        matrix, scales, size = w.values[None], w.scales[None], _one_group(rows.values)
-        return jax_binding.gmm_fp8(rows.values, rows.scales, matrix, scales, size, dtype=dtype)
+    def kernel(rows: Quantized, w: Quantized | Layer) -> Array:
+        size = _one_group(rows.values)
+        matrix, size = w.groups(size) if isinstance(w, Layer) else (jax.tree.map(lambda leaf: leaf[None], w), size)
+        if rows.values.dtype == jnp.int8:
+            scales = rows.scales[:, 0], matrix.scales[..., 0]
+            return jax_binding.gmm_s8(rows.values, scales[0], matrix.values, scales[1], size, dtype=dtype)
+        return jax_binding.gmm_fp8(rows.values, rows.scales, matrix.values, matrix.scales, size, dtype=dtype)
 
-    # int8: XLA's own product is the faster one on CPUs.
-    out = product(rows, w) if w.values.dtype == jnp.int8 else on_cpu_and_cuda(kernel, product, rows, w)
+    def product(rows: Quantized, w: Quantized | Layer) -> Array:
+        return quantized_matmul(rows, w.slice() if isinstance(w, Layer) else w, dtype=dtype)
+
+    if rows.values.dtype != jnp.int8:
+        out = on_cpu_and_cuda(kernel, product, rows, w)
+    elif rows.values.shape[0] <= FEW_ROWS and jax_binding.multiplies_few_int8():
+        out = on_cpu(kernel, product, rows, w)
+    else:  # XLA's own product is the faster one on CPUs
+        out = product(rows, w)
     return out.reshape(*x.shape[:-1], -1)
 
 

@@ -13,7 +13,7 @@ from kernels_cuda import jax_fused, library
 from mindjax.ops.grouped_matmul import grouped_matmul
 from mindjax.ops.layer import Layer, in_place
 from mindjax.ops.matmul import matmul
-from mindjax.ops.quantize import Quantized, quantize
+from mindjax.ops.quantize import Quantized, quantize, quantized_matmul
 
 LAYERS, EXPERTS = 3, 4
 
@@ -39,6 +39,20 @@ def test_product(dtype: Any, out: Any) -> None:
         np.testing.assert_array_equal(of_layer(x, stack, jnp.int32(number)), matmul(x, stack[number], dtype=out))
 
 
+@pytest.mark.parametrize("rows", [2, 40, 70])  # one and several tiles of a kernel for few rows, and too many for it
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_int8_product(rows: int, dtype: Any) -> None:
+    """The same bits as the definition gives, wherever the matrix lies."""
+    stack = quantize(normal(LAYERS, 80, 192, dtype=jnp.float32), "int8_row")
+    x = normal(rows, 192, dtype=dtype)
+    of_layer = jax.jit(lambda x, stack, number: matmul(x, Layer(stack, number)))
+    for number in range(LAYERS):
+        alone = Quantized(stack.values[number], stack.scales[number], stack.format)
+        expected = quantized_matmul(quantize(x, "int8_row"), alone, dtype=dtype)
+        np.testing.assert_array_equal(of_layer(x, stack, jnp.int32(number)), expected)
+        np.testing.assert_array_equal(matmul(x, alone), expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_grouped_product(dtype: Any) -> None:
     stack, x = normal(LAYERS, EXPERTS, 48, 80, dtype=dtype), normal(12, 48, dtype=dtype)
@@ -51,12 +65,17 @@ def test_grouped_product(dtype: Any) -> None:
 
 
 def test_what_is_sliced() -> None:
-    """Norms, and matrices of 8 bits, whose products take slices."""
+    """Norms, and matrices of 8 bits whose products take slices: of float8, and of experts."""
     matrix, norm = normal(LAYERS, 8, 16, dtype=jnp.float32), normal(LAYERS, 8, dtype=jnp.float32)
-    eight_bits = quantize(normal(LAYERS, 16, 32, dtype=jnp.float32), "int8_row")
-    sliced, whole = in_place({"a": matrix, "b": norm, "c": eight_bits})
-    assert len(jax.tree.leaves(sliced)) == 3  # the norm, values, scales
+    int8 = quantize(normal(LAYERS, 16, 32, dtype=jnp.float32), "int8_row")
+    float8 = quantize(normal(LAYERS, 16, 32, dtype=jnp.float32), "e4m3_128x128")
+    experts = quantize(normal(LAYERS, 2, 16, 32, dtype=jnp.float32), "int8_row")
+    sliced, whole = in_place({"a": matrix, "b": norm, "c": int8, "d": float8, "e": experts})
+    assert len(jax.tree.leaves(sliced)) == 5  # the norm, values and scales of two
     layer = whole(jax.tree.map(lambda stack: stack[1], sliced), jnp.int32(1))
-    assert isinstance(layer["c"], Quantized) and layer["c"].values.shape == (16, 32)
+    assert isinstance(layer["d"], Quantized) and layer["d"].values.shape == (16, 32)
+    assert isinstance(layer["e"], Quantized) and layer["e"].values.shape == (2, 16, 32)
+    np.testing.assert_array_equal(layer["c"].slice().values, int8.values[1])
+    np.testing.assert_array_equal(layer["c"].slice().scales, int8.scales[1])
     np.testing.assert_array_equal(layer["a"].slice(), matrix[1])
     np.testing.assert_array_equal(layer["b"], norm[1])

@@ -67,12 +67,10 @@ def test_sft_beats_guessing_by_a_wide_margin_on_every_family_that_it_trains(runs
 def test_exploring_beats_imitating_with_equal_compute_where_it_can_help(runs):
     for run in runs:
         assert run.results["continued"]["flops"] >= run.results["gspo"]["flops"]
-    for families, gain in gains(runs, "cloze").items():
-        assert gain.low > 0, f"{families}, greedy: {gain:.1%}"
-    # At temperature 1 the claim is for both families together: on `digit_any` alone imitation caught up in one of the
-    # first three seeds (-2.8 to +36.0 points), so nothing is claimed for it.
-    together = list(gains(runs, "cloze_sampled").values())[-1]
-    assert together.low > 0, f"sampled: {together:.1%}"
+    # For both families together: how far one of them gets differs by ten points and more between runs (docs/log.md).
+    for name in ("cloze", "cloze_sampled"):
+        together = list(gains(runs, name).values())[-1]
+        assert together.low > 0, f"{name}: {together:.1%}"
 
 
 def test_a_run_is_small(runs):
