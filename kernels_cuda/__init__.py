@@ -23,6 +23,9 @@ def status() -> dict[str, Any]:
     problems = {
         backend: found.problem for backend, found in libraries.items() if found.problem and (gpus or backend != "cuda")
     }
+    if cpu and not hasattr(cpu, "mjk_ffi_gmm"):
+        problems["cpu"] = f"{libraries['cpu'].path} was built without JAX's headers; build it again: {library.BUILD}"
+        isa = None
     message = f"CPU: {isa}" if isa else f"CPU: the jnp loop is used; {problems['cpu']}"
     if "cuda" in problems:
         message += f"; CUDA: {problems['cuda']}"
