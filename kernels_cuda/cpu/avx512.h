@@ -266,7 +266,7 @@ template <class S, class Step, int64_t kTileRows>
 struct VectorTile {
   using Packed = typename S::Packed;
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
-                           kRowPadding = 0, kStreamedRows = 256, kStreamedDepth = 48;
+                           kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedDepth = 48;
 
   static const Packed* pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
@@ -311,8 +311,9 @@ struct VectorTile {
     run<3>(words, a, from, sums, first);
   }
 
-  static void multiply(int64_t rows, int64_t depth, const Packed* a, const Packed* b, float* sums, bool first, int64_t,
-                       int64_t) {
+  static void multiply(int64_t rows, int64_t depth, const Packed* a, const Packed* b, float* sums, bool first,
+                       Meanwhile<VectorTile>& meanwhile) {
+    meanwhile.store();
     run(rows, depth, a, FromPanel{reinterpret_cast<const int32_t*>(b)}, sums, first);
   }
 

@@ -25,11 +25,12 @@ struct Layout {
     const int64_t parts = k > most ? (k + most - 1) / most : 1;
     depth = round_up((k + parts - 1) / parts, Tile::kDepthUnit);
     // An odd number of cache lines between panels spreads them over the cache's sets.
-    b_stride = depth * Tile::kColumns + kCacheLine / (int64_t)sizeof(typename Tile::Packed);
-    // The sums of one tile stay in L1 where one pass over k finishes it; else all are kept between passes.
-    tiles = parts == 1 ? 1 : row_panels * column_panels;
+    b_stride = Tile::kPieces * depth * Tile::kColumns + kCacheLine / (int64_t)sizeof(typename Tile::Packed);
+    // The sums of one tile (and of the one before) stay in L1 where one pass over k finishes it; else all are kept
+    // between passes.
+    tiles = parts == 1 ? 2 : row_panels * column_panels;
     a = 0;
-    b = a + size_t(round_up((depth + Tile::kRowPadding) * Tile::kRows * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
+    b = a + size_t(round_up((Tile::kPieces * depth + Tile::kRowPadding) * Tile::kRows * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
     c = b + size_t(column_panels * b_stride) * sizeof(typename Tile::Packed);
     end = c + size_t(tiles * Tile::kRows * Tile::kColumns) * sizeof(float);
   }
@@ -55,6 +56,68 @@ struct StreamedLayout {
 // A part of B that is wanted next: `depth` rows from k on, the panel of columns from n on.
 struct Ahead {
   int64_t depth, k, n;
+};
+
+// A part of an array that is wanted soon: `rows` of so many bytes, fetched into L2 line by line.
+struct Fetch {
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0, at = 0;
+
+  int64_t lines() const { return rows * ((bytes + kCacheLine - 1) / kCacheLine); }
+  void next(int64_t lines) {
+    for (; lines > 0 && rows > 0; --lines) {
+      __builtin_prefetch(row + at, 0, 2);
+      if ((at += kCacheLine) >= bytes) at = 0, row += stride, --rows;
+    }
+  }
+};
+
+// What memory does in the shadow of a tile's arithmetic, a share in each step: the tile before is stored, and what will
+// be packed next is fetched.
+template <class Tile>
+class Meanwhile {
+ public:
+  explicit Meanwhile(const Block& block) : block_(block), size_(block.in == MJK_F32 ? 4 : 2) {}
+
+  // A pass over `depth` of k in `tiles` tiles; the next one takes `next_depth` from `next` on.
+  void begin(int64_t depth, int64_t tiles, int64_t next, int64_t next_depth) {
+    steps_ = round_up(depth, Tile::kDepthUnit) / Tile::kDepthUnit;
+    rows_a_step_ = Tile::kRows / steps_ + 1;
+    b_ = part(block_.b, block_.ldb, !block_.b_transposed, 0, block_.n, next, next_depth);
+    b_lines_ = b_.lines() / (tiles * steps_) + 1;
+  }
+  // The next panel of A: `rows` from m0 on, of k from k0 on; it has so many tiles to arrive.
+  void expect(int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t tiles) {
+    a_ = part(block_.a, block_.lda, block_.a_transposed, m0, rows, k0, depth);
+    a_lines_ = a_.lines() / (tiles * steps_) + 1;
+  }
+  // A tile is ready to be stored.
+  void finish(int64_t m0, int64_t rows, int64_t n0, const float* sums) { m0_ = m0, rows_ = rows, n0_ = n0, sums_ = sums; }
+
+  void step() {
+    store(rows_a_step_);
+    a_.next(a_lines_);
+    b_.next(b_lines_);
+  }
+  void store(int64_t count = Tile::kRows) {
+    const int64_t rows = smaller(count, rows_);
+    if (rows == 0) return;
+    Tile::store(block_, m0_, rows, n0_, smaller(Tile::kColumns, block_.n - n0_), sums_);
+    m0_ += rows, rows_ -= rows, sums_ += rows * Tile::kColumns;
+  }
+
+ private:
+  // Lines [i, i + count) of A or B and [k, k + depth) of each, stored along k or across it.
+  Fetch part(const void* array, int64_t width, bool across, int64_t i, int64_t count, int64_t k, int64_t depth) const {
+    const char* from = static_cast<const char*>(array) + (across ? k * width + i : i * width + k) * size_;
+    return {from, width * size_, (across ? count : depth) * size_, across ? depth : count};
+  }
+
+  const Block& block_;
+  int64_t size_, steps_ = 1, rows_a_step_ = 0, a_lines_ = 0, b_lines_ = 0;
+  Fetch a_, b_;
+  int64_t m0_ = 0, rows_ = 0, n0_ = 0;
+  const float* sums_ = nullptr;
 };
 
 template <class Tile>
@@ -101,8 +164,8 @@ void stream_block(const Block& block, char* scratch) {
 
 // Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth, kRowPadding; pack_a(scratch, block, m0, rows, k0, depth): a
 // panel of rows, in the scratch or where it lies; pack_b(out, stride, block, k0, depth): all panels of columns;
-// multiply(rows, depth, a, b, sums, first, j, panels of columns); store(block, m0, rows, n0, columns, sums). With
-// kStreamedRows above 0 also kStreamedDepth and stream(block, k0, depth, n0, rows, packs, a, b, sums, first, ahead).
+// multiply(rows, depth, a, b, sums, first, meanwhile); store(block, m0, rows, n0, columns, sums).
+// With kStreamedRows above 0 also kStreamedDepth and stream(block, k0, depth, n0, rows, packs, a, b, sums, first, ahead).
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
   if constexpr (Tile::kStreamedRows > 0)
@@ -114,6 +177,7 @@ void multiply_block(const Block& block, char* scratch) {
   Packed* b = reinterpret_cast<Packed*>(scratch + layout.b);
   float* c = reinterpret_cast<float*>(scratch + layout.c);
   constexpr int64_t kTile = Tile::kRows * Tile::kColumns;
+  Meanwhile<Tile> meanwhile(block);
   if (block.k == 0) {
     if (block.accumulate) return;
     for (int64_t i = 0; i < kTile; ++i) c[i] = 0;
@@ -123,22 +187,27 @@ void multiply_block(const Block& block, char* scratch) {
     return;
   }
   for (int64_t k0 = 0; k0 < block.k; k0 += layout.depth) {
-    const int64_t depth = smaller(layout.depth, block.k - k0);
-    const bool first = k0 == 0, last = k0 + depth == block.k;
+    const int64_t depth = smaller(layout.depth, block.k - k0), next = k0 + depth;
+    const int64_t next_depth = smaller(layout.depth, block.k - next);
+    const bool first = k0 == 0, last = next == block.k;
     Tile::pack_b(b, layout.b_stride, block, k0, depth);
+    meanwhile.begin(depth, layout.row_panels * layout.column_panels, next, next_depth);
     for (int64_t i = 0; i < layout.row_panels; ++i) {
-      const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
+      const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0), below = m0 + rows;
       const auto panel = Tile::pack_a(a, block, m0, rows, k0, depth);
+      if (below < block.m)
+        meanwhile.expect(below, smaller(Tile::kRows, block.m - below), k0, depth, layout.column_panels);
+      else
+        meanwhile.expect(0, smaller(Tile::kRows, block.m), next, next_depth, layout.column_panels);
       for (int64_t j = 0; j < layout.column_panels; ++j) {
-        float* sums = layout.tiles == 1 ? c : c + (i * layout.column_panels + j) * kTile;
-        Tile::multiply(rows, depth, panel, b + j * layout.b_stride, sums, first, j, layout.column_panels);
-        if (last) {
-          const int64_t n0 = j * Tile::kColumns;
-          Tile::store(block, m0, rows, n0, smaller(Tile::kColumns, block.n - n0), sums);
-        }
+        const int64_t tile = i * layout.column_panels + j;
+        float* sums = c + (first && last ? tile % 2 : tile) * kTile;
+        Tile::multiply(rows, depth, panel, b + j * layout.b_stride, sums, first, meanwhile);
+        if (last) meanwhile.finish(m0, rows, j * Tile::kColumns, sums);
       }
     }
   }
+  meanwhile.store();
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The grouped products: groups are cut into blocks, which the threads of a pool take one by one.
 #include <cstring>
+#include <cstdlib>
 
 #include "items.h"
 
@@ -153,7 +154,10 @@ int run(const mjk_pool* pool, const Call& call, int64_t groups_total, int64_t gr
   if (call.k < 0 || call.n < 0) return fail(MJK_INVALID_ARGUMENT, "sizes must not be negative");
   std::vector<int64_t> starts;
   if (int status = group_starts(call.rows, call.groups, groups_total, group_offset, group_sizes, starts)) return status;
-  const Kernels& kernels = *(call.in == MJK_F32 ? isa().f32 : isa().bf16);
+  int64_t tallest = 0;
+  for (int64_t g = 0; g < call.groups; ++g) tallest = std::max(tallest, starts[g + 1] - starts[g]);
+  static const int64_t few = std::getenv("MJK_FEW") ? std::atoi(std::getenv("MJK_FEW")) : 48;
+  const Kernels& kernels = *(call.in == MJK_BF16 ? isa().bf16 : tallest > few ? isa().f32 : isa().f32_few);
   const Plan plan(call, kernels, std::move(starts), pool ? pool->threads : 1);
   // Waking a thread costs microseconds.
   const int64_t workers = !pool || plan.work() < 4e6 ? 1 : pool->threads;

@@ -22,7 +22,7 @@ extern const Kernels kAvx512F32, kAvx512Bf16;
 extern const Kernels kAvx512DotBf16;
 #endif
 #ifdef MINDJAX_AMX_BF16
-extern const Kernels kAmxBf16;
+extern const Kernels kAmxF32, kAmxBf16;
 extern const S8Kernels kAmxS8;
 #endif
 
@@ -69,18 +69,18 @@ Isa choose() {
   if (const char* wanted = std::getenv("MINDJAX_CPU_ISA"))
     for (int i = 0; i < level; ++i)
       if (!std::strcmp(wanted, kNames[i])) level = i;
-  Isa chosen = {kNames[0], &kScalarF32, &kScalarBf16, nullptr};
+  Isa chosen = {kNames[0], &kScalarF32, &kScalarF32, &kScalarBf16, nullptr};
 #ifdef MINDJAX_AVX2
-  if (level >= 1) chosen = {kNames[1], &kAvx2F32, &kAvx2Bf16, nullptr};
+  if (level >= 1) chosen = {kNames[1], &kAvx2F32, &kAvx2F32, &kAvx2Bf16, nullptr};
 #endif
 #ifdef MINDJAX_AVX512F
-  if (level >= 2) chosen = {kNames[2], &kAvx512F32, &kAvx512Bf16, nullptr};
+  if (level >= 2) chosen = {kNames[2], &kAvx512F32, &kAvx512F32, &kAvx512Bf16, nullptr};
 #endif
 #ifdef MINDJAX_AVX512_BF16
-  if (level >= 3) chosen = {kNames[3], &kAvx512F32, &kAvx512DotBf16, nullptr};
+  if (level >= 3) chosen = {kNames[3], &kAvx512F32, &kAvx512F32, &kAvx512DotBf16, nullptr};
 #endif
 #ifdef MINDJAX_AMX_BF16
-  if (level >= 4) chosen = {kNames[4], &kAvx512F32, &kAmxBf16, &kAmxS8};
+  if (level >= 4) chosen = {kNames[4], &kAmxF32, &kAvx512F32, &kAmxBf16, &kAmxS8};
 #endif
   return chosen;
 }

@@ -1,39 +1,38 @@
 // AMX: 32 x 32 sums in four tile registers. TDPBF16PS rounds its sums to nearest even and flushes subnormals.
 #include <cstring>
 
-#include "avx512.h"
+#include "amx_float32.h"
 
 namespace mindjax {
 namespace {
 
 struct AmxTile {
   using Packed = uint16_t;
-  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kRowPadding = 32,
+  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kPieces = 1, kRowPadding = 32,
                            kStreamedRows = 16, kStreamedDepth = 32;
 
   // A row is `stride` elements after the one before, the next 32 of k are `step` after these.
   struct Rows {
     const uint16_t* data;
     int64_t stride, step;
-    const uint16_t* next;  // the next panel, where it is read from the array itself, else NULL
   };
 
   static Rows pack_a(uint16_t* scratch, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     const auto* a = static_cast<const uint16_t*>(block.a);
     if (block.a_transposed) {
       transpose_rows(scratch, a + k0 * block.lda + m0, block.lda, rows, depth);
-      return {scratch, 32, 32 * 32, nullptr};
+      return {scratch, 32, 32 * 32};
     }
     const uint16_t* from = a + m0 * block.lda + k0;
     if (rows % 16 == 0 && depth % 32 == 0)
-      return {from, block.lda, 32, m0 + 2 * kRows <= block.m ? from + kRows * block.lda : nullptr};
+      return {from, block.lda, 32};
     // Copied, as a tile reads 16 rows and 32 of k. What it finds in rows past the last ends in sums that nobody stores.
     const int64_t stride = round_up(depth, 32) + kRowPadding;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < depth; k += 32)
         _mm512_storeu_si512(scratch + i * stride + k,
                             _mm512_maskz_loadu_epi16(first_halves(depth - k), from + i * block.lda + k));
-    return {scratch, stride, 32, nullptr};
+    return {scratch, stride, 32};
   }
 
   // [steps of 32 k][32 rows][32 k]
@@ -63,9 +62,8 @@ struct AmxTile {
     store_tile(block, m0, rows, n0, columns, sums);
   }
 
-  // `share` of `shares`: of the next panel of A, which is fetched into L2 meanwhile.
   static void multiply(int64_t rows, int64_t depth, const Rows& panel, const uint16_t* b, float* sums, bool first,
-                       int64_t share, int64_t shares) {
+                       Meanwhile<AmxTile>& meanwhile) {
     const uint16_t *a = panel.data, *lower = a + 16 * panel.stride;
     const int64_t stride = panel.stride * 2, step = panel.step;
     asm volatile("" ::: "memory");  // what was packed is in memory: the tile loads do not say what they read
@@ -78,6 +76,7 @@ struct AmxTile {
     }
     if (rows <= 16) {
       for (int64_t s = 0; s < depth; s += 32, a += step, b += 32 * 32) {
+        meanwhile.step();
         _tile_loadd(4, a, stride);
         _tile_loadd(6, b, 128);
         _tile_dpbf16ps(0, 4, 6);
@@ -92,11 +91,8 @@ struct AmxTile {
         _tile_loadd(2, sums + 16 * 32, 128);
         _tile_loadd(3, sums + 16 * 32 + 16, 128);
       }
-      const uint16_t* next = panel.next;
-      const int64_t from = next ? share * kRows / shares : 0, to = next ? (share + 1) * kRows / shares : 0;
       for (int64_t s = 0; s < depth; s += 32, a += step, lower += step, b += 32 * 32) {
-        for (int64_t i = from; i < to; ++i)
-          _mm_prefetch(reinterpret_cast<const char*>(next + i * panel.stride + s), _MM_HINT_T1);
+        meanwhile.step();
         _tile_loadd(4, a, stride);
         _tile_loadd(6, b, 128);
         _tile_dpbf16ps(0, 4, 6);
@@ -125,7 +121,8 @@ struct AmxTile {
       for (int64_t w = 0; w < used; ++w) source.load(w, low, high);
       std::memset(words + used * 32, 0, size_t(round_up(depth, kDepthUnit) / 2 - used) * 128);
     }
-    multiply(rows, depth, panel, b, sums, first, 0, 1);
+    Meanwhile<AmxTile> nothing_else(block);
+    multiply(rows, depth, panel, b, sums, first, nothing_else);
   }
 };
 
@@ -227,6 +224,9 @@ void leave() { _tile_release(); }
 
 extern const Kernels kAmxBf16 = {"amx_bf16", AmxTile::kRows, AmxTile::kColumns, AmxTile::kDepth, sizeof(AmxTile::Packed), AmxTile::kStreamedRows, scratch_bytes<AmxTile>,
                                  multiply_block<AmxTile>, enter, leave};
+
+extern const Kernels kAmxF32 = {"amx_bf16", SplitTile::kRows, SplitTile::kColumns, SplitTile::kDepth, SplitTile::kPieces * sizeof(SplitTile::Packed), SplitTile::kStreamedRows, scratch_bytes<SplitTile>,
+                                multiply_block<SplitTile>, enter, leave};
 
 extern const S8Kernels kAmxS8 = {kS8Rows, s8_scratch, multiply_s8};
 

@@ -53,10 +53,11 @@ struct S8Kernels {
   void (*multiply)(const S8Block& block, char* scratch);
 };
 
-// Per instruction set: for float32, for bfloat16 and the quantised types, for few rows of int8 (NULL: as the others).
+// Per instruction set: for float32, for few rows of it, for bfloat16 and the quantised types, for few rows of int8 (NULL:
+// as the others).
 struct Isa {
   const char* name;
-  const Kernels *f32, *bf16;
+  const Kernels *f32, *f32_few, *bf16;
   const S8Kernels* s8;
 };
 

@@ -83,7 +83,7 @@ template <class Source, class Kernel>
 struct PortableTile {
   using Packed = float;
   static constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepthUnit = 1, kDepth = 384,
-                           kRowPadding = 0, kStreamedRows = 0;
+                           kPieces = 1, kRowPadding = 0, kStreamedRows = 0;
 
   static const float* pack_a(float* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<Source, kRows>(out, block, m0, rows, k0, depth);
@@ -92,8 +92,9 @@ struct PortableTile {
   static void pack_b(float* out, int64_t stride, const Block& block, int64_t k0, int64_t depth) {
     pack_columns<Source, kColumns>(out, stride, block, k0, depth);
   }
-  static void multiply(int64_t, int64_t depth, const float* a, const float* b, float* sums, bool first, int64_t,
-                       int64_t) {
+  static void multiply(int64_t, int64_t depth, const float* a, const float* b, float* sums, bool first,
+                       Meanwhile<PortableTile>& meanwhile) {
+    meanwhile.store();
     Kernel::run(depth, a, b, sums, first);
   }
   static void store(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
