@@ -33,7 +33,8 @@ ALLOCATOR = {
 COMMANDS = ("train", "sampler", "compile")
 RESULT = "RESULT "
 MIB = 2**20
-# Keeping the products alone is faster than keeping all: storing and reading the rest costs more than making it again.
+# Of a loop over layers: keeping the products alone is faster than keeping all, for storing and reading the rest costs
+# more than making it again. Without a loop there is nothing to gain by it.
 REMAT = ("attention", "mlp_hidden")
 
 
@@ -139,6 +140,7 @@ class OurTrainer:
 
         from mindjax.data.packing import BatchShape, pack, size_of
         from mindjax.models import qwen3_vl
+        from mindjax.ops.scan import UNROLLED
         from mindjax.sft.train import SFTLoss
         from mindjax.train.state import TrainState
         from mindjax.train.step import train_step
@@ -149,7 +151,8 @@ class OurTrainer:
         shape = replace(shape, vision_rows=case.rows, vision_length=frame)
         batch = pack([[row] for row in rows], shape)
         self._batches = jax.tree.map(lambda x: x[None], batch)
-        self._step = train_step(SFTLoss(config, "token", REMAT), optimizer, case.dtype)
+        remat = "none" if config.text.num_hidden_layers <= UNROLLED else REMAT
+        self._step = train_step(SFTLoss(config, "token", remat), optimizer, case.dtype)
         key = jax.random.key(0)
         self._state = TrainState.create(qwen3_vl.init(config, key), optimizer, key)
 

@@ -58,6 +58,8 @@ Command = Callable[[argparse.Namespace, list[str]], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    if argv is None:
+        _with_huge_pages()
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that torch is not there
     if "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -82,6 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"mindjax: {error}\n(--traceback shows where)", file=sys.stderr)
     return _leave(2)
+
+
+def _with_huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> None:
+    """Starts this process again with huge pages in malloc, where Linux gives them to those who ask.
+
+    A step takes hundreds of megabytes from the system and returns them; in pages of 4 KiB that is a tenth of its time.
+    """
+    asked = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" in asked or not setting.exists() or "[madvise]" not in setting.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [asked, "glibc.malloc.hugetlb=1"]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _leave(status: int) -> int:

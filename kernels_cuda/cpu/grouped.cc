@@ -1,6 +1,5 @@
 // The grouped products: groups are cut into blocks, which the threads of a pool take one by one.
 #include <cstring>
-#include <cstdlib>
 
 #include "items.h"
 
@@ -21,6 +20,14 @@ struct Call {
 
 int64_t bytes(mjk_dtype type) { return type == MJK_F32 ? 4 : type == MJK_BF16 ? 2 : 1; }
 
+constexpr int64_t kFewF32Rows = 48;  // of the tallest group; it is the call that decides, whatever the threads
+
+int64_t tallest_group(const std::vector<int64_t>& starts) {
+  int64_t tallest = 0;
+  for (size_t g = 0; g + 1 < starts.size(); ++g) tallest = std::max(tallest, starts[g + 1] - starts[g]);
+  return tallest;
+}
+
 // How a call is cut: into items, numbered from 0, that any thread can do in any order with the same result.
 class Plan {
  public:
@@ -28,7 +35,7 @@ class Plan {
       : call_(call), kernels_(kernels), starts_(std::move(starts)) {
     const bool tgmm = call.product == Product::kTgmm;
     width_ = call.product == Product::kGmmT ? call.k : call.n;
-    const int64_t tallest = tallest_group(), height = tgmm ? call.k : tallest;
+    const int64_t tallest = tallest_group(starts_), height = tgmm ? call.k : tallest;
     const int64_t contracted = tgmm ? tallest : call.product == Product::kGmmT ? call.n : call.k;
     const bool few_rows = !tgmm && tallest <= kFewRows && call.product == Product::kGmm;
     // Few rows: the time is that of reading w, which is fastest in order, whole rows of it.
@@ -111,12 +118,6 @@ class Plan {
     return std::max(unit, blocks(blocks(size, parts), unit) * unit);
   }
 
-  int64_t tallest_group() const {
-    int64_t tallest = 0;
-    for (int64_t g = 0; g < call_.groups; ++g) tallest = std::max(tallest, starts_[g + 1] - starts_[g]);
-    return tallest;
-  }
-
   // Numbers the items; returns how many there are.
   int64_t count() {
     first_item_.assign(1, 0);
@@ -154,10 +155,8 @@ int run(const mjk_pool* pool, const Call& call, int64_t groups_total, int64_t gr
   if (call.k < 0 || call.n < 0) return fail(MJK_INVALID_ARGUMENT, "sizes must not be negative");
   std::vector<int64_t> starts;
   if (int status = group_starts(call.rows, call.groups, groups_total, group_offset, group_sizes, starts)) return status;
-  int64_t tallest = 0;
-  for (int64_t g = 0; g < call.groups; ++g) tallest = std::max(tallest, starts[g + 1] - starts[g]);
-  static const int64_t few = std::getenv("MJK_FEW") ? std::atoi(std::getenv("MJK_FEW")) : 48;
-  const Kernels& kernels = *(call.in == MJK_BF16 ? isa().bf16 : tallest > few ? isa().f32 : isa().f32_few);
+  const Kernels& f32 = tallest_group(starts) > kFewF32Rows ? *isa().f32 : *isa().f32_few;
+  const Kernels& kernels = call.in == MJK_F32 ? f32 : *isa().bf16;
   const Plan plan(call, kernels, std::move(starts), pool ? pool->threads : 1);
   // Waking a thread costs microseconds.
   const int64_t workers = !pool || plan.work() < 4e6 ? 1 : pool->threads;

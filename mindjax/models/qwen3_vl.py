@@ -196,9 +196,11 @@ def forward(
         state = None
     else:
         layers = (text["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
+        gathers = links.layout.fsdp > 1
         x, (router, state) = scan_layers(
-            rematerialise(partial(block, beside=beside), remat, gathers=links.layout.fsdp > 1), x, layers
-        )
+            rematerialise(partial(block, beside=beside), remat, gathers=gathers), x, layers,
+            unroll=remat == "none" and not gathers,
+        )  # fmt: skip
     return Output(rms_norm(x, text["norm"], config.text.rms_norm_eps), router, state)
 
 

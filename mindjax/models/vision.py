@@ -141,8 +141,9 @@ def encode(
     taps = jnp.zeros((levels, *x.shape), x.dtype)
     level_of = [indexes.index(layer) if layer in indexes else -1 for layer in range(config.depth)]
     layers = (blocks, jnp.asarray(level_of, jnp.int32))
+    gathers = links.layout.fsdp * links.layout.tensor > 1
     (x, taps), _ = scan_layers(
-        rematerialise(block, remat, gathers=links.layout.fsdp * links.layout.tensor > 1), (x, taps), layers
+        rematerialise(block, remat, gathers=gathers), (x, taps), layers, unroll=remat == "none" and not gathers
     )
 
     tokens = merge_patches(p["merger"], x, config)

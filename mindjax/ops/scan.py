@@ -18,8 +18,10 @@ Array = jax.Array
 # (carry, layer) -> (carry, outputs of the layer)
 Block = Callable[[Any, Any], tuple[Any, Any]]
 
+UNROLLED = 4  # up to so many layers there need be no loop: nothing is copied into stacks and out of them
 
-def scan_layers(block: Block, carry: Any, layers: Any) -> tuple[Any, Any]:
+
+def scan_layers(block: Block, carry: Any, layers: Any, *, unroll: bool = False) -> tuple[Any, Any]:
     """`lax.scan(block, carry, layers)` at a cost that is linear in the number of layers in bfloat16 too.
 
     XLA's CPU backend converts a whole bfloat16 stack to float32 and back around each slice or update (see
@@ -32,13 +34,15 @@ def scan_layers(block: Block, carry: Any, layers: Any) -> tuple[Any, Any]:
         `jax.checkpoint`.
       carry: floats.
       layers: leaves with a leading layer axis, floats and integers.
+      unroll: whether few layers may follow each other without a loop. Not those that compute again what they did not
+        keep: without a loop between, XLA would find that it is the same, and keep it.
 
     Returns:
       (last carry, outputs stacked over layers).
     """
     small = any(is_small(leaf.dtype) for leaf in jax.tree.leaves((carry, layers)))
     if not small or jax.default_backend() != "cpu":
-        return lax.scan(block, carry, layers)
+        return _loop(block, carry, layers, unroll)
     floats, rest = _partition(layers)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
     # As a jaxpr, for it names everything that the block closes over: that too must be an argument, and stored once.
@@ -50,12 +54,23 @@ def scan_layers(block: Block, carry: Any, layers: Any) -> tuple[Any, Any]:
         out = jax.core.eval_jaxpr(closed.jaxpr, _join(*captured, closed.consts), *leaves)
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    return _scan(function, shapes[1], carry, floats, captured, (rest, constants))
+    return _scan(function, shapes[1], unroll, carry, floats, captured, (rest, constants))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loop(step: Block, carry: Any, layers: Any, unroll: bool, *, reverse: bool = False) -> tuple[Any, Any]:
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return lax.scan(step, carry, layers, reverse=reverse, unroll=count if unroll and count <= UNROLLED else 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _scan(
-    function: Callable[..., Any], shapes: Any, carry: Any, floats: list[Any], captured: list[Any], integers: Any
+    function: Callable[..., Any],
+    shapes: Any,
+    unroll: bool,
+    carry: Any,
+    floats: list[Any],
+    captured: list[Any],
+    integers: Any,
 ) -> tuple[Any, Any]:
     rest, constants = integers
 
@@ -63,7 +78,7 @@ def _scan(
         carry, out = function(carry, (_restore(layer[0], floats), layer[1]), (captured, constants))
         return carry, _store(out)
 
-    carry, out = lax.scan(step, carry, (_store(floats), rest))
+    carry, out = _loop(step, carry, (_store(floats), rest), unroll)
     return carry, _restore(out, shapes)
 
 
@@ -84,7 +99,13 @@ class _Recipe:
 
 
 def _forward(
-    function: Callable[..., Any], shapes: Any, carry: Any, floats: list[Any], captured: list[Any], integers: Any
+    function: Callable[..., Any],
+    shapes: Any,
+    unroll: bool,
+    carry: Any,
+    floats: list[Any],
+    captured: list[Any],
+    integers: Any,
 ) -> Any:
     rest, constants = integers
     recipes: list[_Recipe] = []
@@ -110,11 +131,11 @@ def _forward(
         recipes.append(_Recipe(tree, tuple(sources), tuple(leaf.dtype for leaf in kept)))
         return carry, (_store(out), [to_bits(leaf) for leaf in kept])
 
-    carry, (out, kept) = lax.scan(step, carry, (_store(floats), rest))
+    carry, (out, kept) = _loop(step, carry, (_store(floats), rest), unroll)
     return (carry, _restore(out, shapes)), (recipes[-1], kept, floats, captured, integers)
 
 
-def _backward(function: Callable[..., Any], shapes: Any, saved: Any, gradients: Any) -> Any:
+def _backward(function: Callable[..., Any], shapes: Any, unroll: bool, saved: Any, gradients: Any) -> Any:
     recipe, kept, floats, captured, integers = saved
     rest, constants = integers
     d_carry, d_out = gradients
@@ -129,7 +150,9 @@ def _backward(function: Callable[..., Any], shapes: Any, saved: Any, gradients: 
         return (d_carry, jax.tree.map(jnp.add, d_captured, more)), _store(d_floats)
 
     start = (d_carry, jax.tree.map(jnp.zeros_like, captured))
-    (d_carry, d_captured), d_floats = lax.scan(step, start, (_store(floats), rest, kept, _store(d_out)), reverse=True)
+    (d_carry, d_captured), d_floats = _loop(
+        step, start, (_store(floats), rest, kept, _store(d_out)), unroll, reverse=True
+    )
     no_gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), integers)
     return d_carry, _restore(d_floats, floats), d_captured, no_gradient
 

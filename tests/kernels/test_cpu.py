@@ -192,6 +192,32 @@ def test_sizes_of_the_model(api: Api) -> None:
     contract.check_tgmm(api, 2300, 48, 40, [2300], "cpu", out_dtype=F32)
 
 
+def test_float32_is_exact_to_a_few_roundings(api: Api) -> None:
+    """Each sum within 2^-20 of the sum of its terms' sizes, over the exponents of numbers in training: where
+    float32 is taken apart into bfloat16, a piece or a product of pieces left out is 2^-17 or more."""
+    rows, k, n = 96, 512, 64
+    x, w, g = (torch.randn(*s) * torch.exp2(torch.randint(-30, 30, s)) for s in ((rows, k), (1, k, n), (rows, n)))
+    sizes = contract.sizes_of([rows], "cpu")
+    products = {
+        "gmm": (api.gmm(x, w, sizes), x, w[0]),
+        "gmm_t": (api.gmm_t(g, w, sizes), g, w[0].T),
+        "tgmm": (api.tgmm(x, g, sizes, 1)[0], x.T, g),
+    }
+    for name, (out, a, b) in products.items():
+        error = (out.double() - a.double() @ b.double()).abs() / (a.double().abs() @ b.double().abs())
+        assert error.max() < 2**-20, f"{name}: {error.max().item() * 2**24:.1f} x 2^-24"
+
+
+def test_numbers_that_are_none_stay_so(api: Api) -> None:
+    """A NaN in a row shows in all of that row and in no other; so does an infinity, as itself or as a NaN."""
+    for bad in (float("nan"), float("inf"), -float("nan")):
+        x, w = torch.randn(64, 40), torch.randn(1, 40, 33)
+        x[5, 7] = bad
+        out = api.gmm(x, w, contract.sizes_of([64], "cpu"))
+        assert not out[5].isfinite().any()
+        assert out[torch.arange(64) != 5].isfinite().all()
+
+
 def test_quantised(api: Api) -> None:
     few = (120, 192, 80, [1, 33, 0, 17, 64])  # whole tiles of int8
     for rows, k, n, sizes in ((200, 272, 264, [3, 0, 70, 100]), (9, 128, 128, [9]), (5, 1, 3, [2]), few):
