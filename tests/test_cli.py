@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +148,24 @@ def test_generate_takes_the_published_arguments() -> None:
 def test_every_command_has_its_function(target: str) -> None:
     module, function = target.split(":")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_huge_pages_are_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: starts.append(arguments))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/mindjax", "sft", "--config", "x.py"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
+    setting = tmp_path / "enabled"
+    for text in (None, "[always] madvise never", "always madvise [never]"):
+        if text is not None:
+            setting.write_text(text)
+        cli._with_huge_pages(setting)
+    assert not starts
+    setting.write_text("always [madvise] never")
+    for _ in range(2):
+        cli._with_huge_pages(setting)
+    assert starts == [[sys.executable, "/bin/mindjax", "sft", "--config", "x.py"]]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.perturb=1:glibc.malloc.hugetlb=1"
 
 
 def test_help_is_light_and_names_every_command() -> None:

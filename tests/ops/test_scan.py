@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,16 +13,16 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mindjax.ops.scan import scan_layers
+from mindjax.ops.scan import UNROLLED, scan_layers
 
 LAYERS, ROWS, H = 5, 6, 8
 
 
-def problem(dtype: Any) -> tuple[Any, ...]:
+def problem(dtype: Any, count: int = LAYERS) -> tuple[Any, ...]:
     keys = jax.random.split(jax.random.key(0), 4)
     layers = {
-        "w": jax.random.normal(keys[0], (LAYERS, H, H)).astype(dtype) / 3,
-        "scale": jax.random.normal(keys[1], (LAYERS, H)).astype(dtype),
+        "w": jax.random.normal(keys[0], (count, H, H)).astype(dtype) / 3,
+        "scale": jax.random.normal(keys[1], (count, H)).astype(dtype),
     }
     x, shift = (jax.random.normal(key, (ROWS, H)).astype(dtype) for key in keys[2:])
     return layers, x, shift
@@ -39,7 +40,7 @@ def run(scan: Any, remat: bool, mask: jax.Array) -> Any:
         if remat:
             policy = jax.checkpoint_policies.save_only_these_names("hidden")
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x, (sums, rows) = scan(block, x, (layers, jnp.arange(LAYERS)))
+        x, (sums, rows) = scan(block, x, (layers, jnp.arange(len(layers["w"]))))
         return (x.astype(jnp.float32) ** 2).sum() + (sums**2).sum(), (x, rows)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -57,6 +58,19 @@ def test_equals_lax_scan(dtype: Any, remat: bool) -> None:
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         # XLA may fuse differently, which moves a rounding to bfloat16.
         assert np.linalg.norm(a - b) <= (2e-2 if dtype == jnp.bfloat16 else 1e-6) * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_few_layers_without_a_loop(dtype: Any) -> None:
+    mask, unrolled = jnp.arange(ROWS) % 3 > 0, partial(scan_layers, unroll=True)
+    arguments = problem(dtype, UNROLLED)
+    ours, theirs = (run(scan, False, mask)(*arguments) for scan in (unrolled, lax.scan))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= (2e-2 if dtype == jnp.bfloat16 else 1e-6) * np.linalg.norm(b)
+    assert " while(" not in run(unrolled, False, mask).lower(*arguments).compile().as_text()
+    for scan, count in ((unrolled, UNROLLED + 1), (scan_layers, UNROLLED)):
+        assert " while(" in run(scan, False, mask).lower(*problem(dtype, count)).compile().as_text()
 
 
 def test_no_stack_is_converted() -> None:
