@@ -18,7 +18,7 @@ Array = jax.Array
 # (carry, layer) -> (carry, outputs of the layer)
 Block = Callable[[Any, Any], tuple[Any, Any]]
 
-UNROLLED = 4  # up to so many layers there need be no loop: nothing is copied into stacks and out of them
+UNROLLED = 12  # up to so many layers there need be no loop: nothing is copied into stacks and out of them
 
 
 def scan_layers(block: Block, carry: Any, layers: Any, *, unroll: bool = False) -> tuple[Any, Any]:
