@@ -63,13 +63,13 @@ def test_equals_lax_scan(dtype: Any, remat: bool) -> None:
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_few_layers_without_a_loop(dtype: Any) -> None:
     mask, unrolled = jnp.arange(ROWS) % 3 > 0, partial(scan_layers, unroll=True)
-    arguments = problem(dtype, UNROLLED)
+    arguments = problem(dtype)
     ours, theirs = (run(scan, False, mask)(*arguments) for scan in (unrolled, lax.scan))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.linalg.norm(a - b) <= (2e-2 if dtype == jnp.bfloat16 else 1e-6) * np.linalg.norm(b)
     assert " while(" not in run(unrolled, False, mask).lower(*arguments).compile().as_text()
-    for scan, count in ((unrolled, UNROLLED + 1), (scan_layers, UNROLLED)):
+    for scan, count in ((unrolled, UNROLLED + 1), (scan_layers, LAYERS)):
         assert " while(" in run(scan, False, mask).lower(*problem(dtype, count)).compile().as_text()
 
 
