@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mindjax.allocator import keep_freed_memory
 from mindjax.config import ModelConfig, TextConfig, VisionConfig
 
 # Both sides: a step's large buffers are kept between steps and lie in huge pages. Else the kernel hands out, clears and
@@ -230,6 +231,8 @@ class CompileCounter:
 
 def work(case: Case, side: str) -> None:
     """A worker's life: build, warm up, then one timed step per line on stdin, and its peak memory at the end."""
+    if side == "mindjax":
+        keep_freed_memory()  # as the commands do
     if case.threads and hasattr(os, "sched_setaffinity"):  # XLA takes a thread for each core that it may run on
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.threads])
     counter = CompileCounter() if side == "mindjax" else None

@@ -3,7 +3,8 @@
 // A float32 is the sum of three bfloat16, high + middle + low, exactly: each takes 8 of its 24 bits. Of the nine
 // products of two such sums the six largest are added, each exact in float32; what is left out is at most 2^-24 of
 // |a b|, as much as one rounding of that product. (XLA's BF16_BF16_F32_X6, what its precision HIGHEST is on a TPU.)
-// The pieces of numbers below 2^-102 lose bits to the flushing of subnormals, and an infinity becomes a NaN.
+// The pieces of numbers below 2^-102 lose bits to the flushing of subnormals; an infinity, or a number that rounds to one
+// in bfloat16, becomes a NaN.
 #pragma once
 #include "avx512.h"
 
@@ -58,7 +59,7 @@ struct SplitTile {
     }
   }
 
-  // The same where each of `depth` rows holds one k of all lines, line by line of words.
+  // Line i of the tiles that hold one k (and the one 16 after it) in a line: `depth` rows are a k each.
   static void pack_across_k(const float* from, int64_t stride, int64_t lines, int64_t depth, int64_t i, uint16_t* out) {
     const __mmask16 mask = first_lanes(lines);
     const __m512 zero = _mm512_setzero_ps();
