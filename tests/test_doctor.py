@@ -8,9 +8,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import kernels_cuda
+from kernels_cuda import library
 from mindjax import doctor
 
 
@@ -55,6 +58,16 @@ def test_missing_and_unfitting_packages_name_the_cure(monkeypatch: pytest.Monkey
     report = doctor.examine()
     assert not report.healthy
     assert any("scikit-learn missing): pip install 'mindjax[quickstart]'" in note for note in report.notes)
+
+
+def test_kernels_that_jax_cannot_call_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for_torch_alone = SimpleNamespace(mjk_isa=lambda: b"avx2")
+    found = {"cpu": library.Library(Path("mine.so"), for_torch_alone, ""), "cuda": library.Library(None, None, "none")}  # type: ignore[arg-type]
+    monkeypatch.setattr(library, "load", found.__getitem__)
+    status = kernels_cuda.status()
+    assert status["isa"] is None and "mine.so was built without JAX's headers" in status["message"]
+    for_torch_alone.mjk_ffi_gmm = None
+    assert kernels_cuda.status()["isa"] == "avx2"
 
 
 def test_extra_of_an_extra_is_not_satisfied_by_its_base() -> None:
