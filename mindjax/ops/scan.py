@@ -17,6 +17,7 @@ from mindjax.ops.bits import from_bits, is_small, to_bits
 Array = jax.Array
 # (carry, layer) -> (carry, outputs of the layer)
 Block = Callable[[Any, Any], tuple[Any, Any]]
+Leaves = list[Any]
 
 UNROLLED = 12  # up to so many layers there need be no loop: nothing is copied into stacks and out of them
 
@@ -64,13 +65,7 @@ def _loop(step: Block, carry: Any, layers: Any, unroll: bool, *, reverse: bool =
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _scan(
-    function: Callable[..., Any],
-    shapes: Any,
-    unroll: bool,
-    carry: Any,
-    floats: list[Any],
-    captured: list[Any],
-    integers: Any,
+    function: Callable[..., Any], shapes: Any, unroll: bool, carry: Any, floats: Leaves, captured: Leaves, integers: Any
 ) -> tuple[Any, Any]:
     rest, constants = integers
 
@@ -99,13 +94,7 @@ class _Recipe:
 
 
 def _forward(
-    function: Callable[..., Any],
-    shapes: Any,
-    unroll: bool,
-    carry: Any,
-    floats: list[Any],
-    captured: list[Any],
-    integers: Any,
+    function: Callable[..., Any], shapes: Any, unroll: bool, carry: Any, floats: Leaves, captured: Leaves, integers: Any
 ) -> Any:
     rest, constants = integers
     recipes: list[_Recipe] = []
