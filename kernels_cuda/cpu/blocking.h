@@ -165,7 +165,8 @@ void stream_block(const Block& block, char* scratch) {
 // Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth, kPieces (that an element is packed as), kRowPadding;
 // pack_a(scratch, block, m0, rows, k0, depth): a panel of rows, in the scratch or where it lies;
 // pack_b(out, stride, block, k0, depth): all panels of columns;
-// multiply(rows, depth, a, b, sums, first, meanwhile), which gives `meanwhile` its steps or stores what it holds; store(block, m0, rows, n0, columns, sums).
+// multiply(rows, depth, a, b, sums, first, meanwhile), which gives `meanwhile` its steps or stores what it holds;
+// store(block, m0, rows, n0, columns, sums).
 // With kStreamedRows above 0 also kStreamedDepth and stream(block, k0, depth, n0, rows, packs, a, b, sums, first, ahead).
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
