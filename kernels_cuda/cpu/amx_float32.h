@@ -107,7 +107,7 @@ struct SplitTile {
   }
 
   static void store(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
-    store_tile(block, m0, rows, n0, columns, sums);
+    store_tile(InOrder(), block, m0, rows, n0, columns, sums);
   }
 
   template <bool kBoth>

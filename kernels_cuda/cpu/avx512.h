@@ -11,20 +11,31 @@ namespace mindjax {
 namespace {
 
 // What a source element becomes: `Word` loads give 16 words of consecutive k from one row.
-struct FloatSource {
+//
+// Columns of a panel lie in order, two halves of 16 words ...
+struct InOrder {
+  static constexpr int64_t kSecondHalf = 16;  // the column that its word 0 holds
+  static constexpr int64_t column(int64_t word) { return word; }
+};
+struct FloatSource : InOrder {
   using Source = float;
   using Packed = float;
   static constexpr int64_t kPerWord = 1;
 };
-struct WidenedSource {
+struct WidenedSource : InOrder {
   using Source = uint16_t;
   using Packed = float;
   static constexpr int64_t kPerWord = 1;
 };
-struct PairSource {
+struct PairSource : InOrder {
   using Source = uint16_t;
   using Packed = uint16_t;
   static constexpr int64_t kPerWord = 2;
+};
+// ... or as unpacking leaves them, which takes half as long.
+struct UnpackedSource : PairSource {
+  static constexpr int64_t kSecondHalf = 4;
+  static constexpr int64_t column(int64_t word) { return word + (word & 12); }
 };
 
 inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
@@ -66,15 +77,29 @@ void load_across(S source, const typename S::Source* p, const typename S::Source
   low = load_across(source, p, next, lanes);
   high = lanes > 16 ? load_across(source, p + 16, next ? next + 16 : nullptr, lanes - 16) : _mm512_setzero_si512();
 }
-inline void load_across(PairSource, const uint16_t* p, const uint16_t* next, int64_t lanes, __m512i& low,
-                        __m512i& high) {
-  const __mmask32 mask = first_halves(lanes);
-  const __m512i x = _mm512_maskz_loadu_epi16(mask, p);
-  const __m512i y = next ? _mm512_maskz_loadu_epi16(mask, next) : _mm512_setzero_si512();
+inline void interleave(PairSource, __m512i x, __m512i y, __m512i& low, __m512i& high) {
   const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   low = _mm512_permutex2var_epi16(x, first, y);
   high = _mm512_permutex2var_epi16(x, _mm512_add_epi16(first, _mm512_set1_epi16(16)), y);
+}
+inline void interleave(UnpackedSource, __m512i x, __m512i y, __m512i& low, __m512i& high) {
+  low = _mm512_unpacklo_epi16(x, y);
+  high = _mm512_unpackhi_epi16(x, y);
+}
+template <class S>
+void load_pairs(S source, const uint16_t* p, const uint16_t* next, int64_t lanes, __m512i& low, __m512i& high) {
+  const __mmask32 mask = first_halves(lanes);
+  const __m512i x = _mm512_maskz_loadu_epi16(mask, p);
+  interleave(source, x, next ? _mm512_maskz_loadu_epi16(mask, next) : _mm512_setzero_si512(), low, high);
+}
+inline void load_across(PairSource source, const uint16_t* p, const uint16_t* next, int64_t lanes, __m512i& low,
+                        __m512i& high) {
+  load_pairs(source, p, next, lanes, low, high);
+}
+inline void load_across(UnpackedSource source, const uint16_t* p, const uint16_t* next, int64_t lanes, __m512i& low,
+                        __m512i& high) {
+  load_pairs(source, p, next, lanes, low, high);
 }
 
 // Lane j of vector i becomes lane i of vector j.
@@ -108,12 +133,16 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
-// `lanes` rows of `count` elements along k, `stride` apart, as words: out[i] holds word i of each row, one per lane.
+// Rows of `count` elements along k, `stride` apart, `lanes` of them, as words: out[i] holds word i of each row of a half,
+// one per lane.
 template <class S>
 void load_transposed(S source, __m512i (&out)[16], const typename S::Source* p, int64_t stride, int64_t lanes,
                      int64_t count) {
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) out[i] = i < lanes ? load_along_k(source, p + i * stride, count) : _mm512_setzero_si512();
+  for (int i = 0; i < 16; ++i) {
+    const int64_t row = S::column(i);
+    out[i] = row < lanes ? load_along_k(source, p + row * stride, count) : _mm512_setzero_si512();
+  }
   transpose(out);
 }
 
@@ -147,19 +176,16 @@ void pack_columns(S source, typename S::Packed* out, int64_t stride, const Block
     }
     return;
   }
-  for (int64_t n0 = 0; n0 < block.n; n0 += 16) {
-    int32_t* at = to + n0 / 32 * panel + n0 % 32;
-    const int64_t lanes = smaller(16, block.n - n0);
-    for (int64_t w = 0; w < words; w += 16) {
-      __m512i r[16];
-      load_transposed(source, r, b + n0 * block.ldb + k0 + w * kPer, block.ldb, lanes, depth - w * kPer);
-      const int64_t count = smaller(16, words - w);
-      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(at + (w + i) * 32, r[i]);
+  for (int64_t n0 = 0; n0 < block.n; n0 += 32, to += panel) {
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t first = n0 + half * S::kSecondHalf;
+      for (int64_t w = 0; w < words; w += 16) {
+        __m512i r[16];
+        load_transposed(source, r, b + first * block.ldb + k0 + w * kPer, block.ldb, block.n - first, depth - w * kPer);
+        const int64_t count = smaller(16, words - w);
+        for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(to + (w + i) * 32 + half * 16, r[i]);
+      }
     }
-  }
-  if (block.n % 32 && block.n % 32 <= 16) {  // the last panel's second half
-    int32_t* at = to + block.n / 32 * panel + 16;
-    for (int64_t w = 0; w < words; ++w) _mm512_storeu_si512(at + w * 32, _mm512_setzero_si512());
   }
 }
 
@@ -198,12 +224,22 @@ inline __m256i narrow16(__m512 x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
 
+// Two halves of a row of sums in the order of the columns.
+inline void reorder(InOrder, __m512&, __m512&) {}
+inline void reorder(UnpackedSource, __m512& x, __m512& y) {
+  const __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
+  x = _mm512_castpd_ps(_mm512_permutex2var_pd(a, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), b));
+  y = _mm512_castpd_ps(_mm512_permutex2var_pd(a, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), b));
+}
+
 // `sums` is [kTileRows][32].
-inline void store_tile(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
+template <class Order>
+void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
   const __mmask16 low = first_lanes(columns), high = first_lanes(columns - 16);
   for (int64_t i = 0; i < rows; ++i, sums += 32) {
     const int64_t at = (m0 + i) * block.ldc + n0;
     __m512 x = _mm512_loadu_ps(sums), y = _mm512_loadu_ps(sums + 16);
+    reorder(order, x, y);
     if (block.out == MJK_BF16) {
       uint16_t* c = static_cast<uint16_t*>(block.c) + at;
 #ifdef __AVX512BF16__
@@ -266,7 +302,7 @@ template <class S, class Step, int64_t kTileRows>
 struct VectorTile {
   using Packed = typename S::Packed;
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
-                           kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedDepth = 48;
+                           kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedDepth = 48, kStreamedPanels = 1;
 
   static const Packed* pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
@@ -276,7 +312,7 @@ struct VectorTile {
     pack_columns(S(), out, stride, block, k0, depth, depth);
   }
   static void store(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
-    store_tile(block, m0, rows, n0, columns, sums);
+    store_tile(S(), block, m0, rows, n0, columns, sums);
   }
 
   template <int R, class B>
@@ -317,8 +353,9 @@ struct VectorTile {
     run(rows, depth, a, FromPanel{reinterpret_cast<const int32_t*>(b)}, sums, first);
   }
 
+  static void stream(const Block& block, char* scratch) { stream_block<VectorTile>(block, scratch); }
   // The first tile of a column of tiles packs B into `panel`.
-  static void stream(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
+  static void stream_tile(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
                      const Packed* a, Packed* panel, float* sums, bool first, const Ahead& ahead) {
     auto* words = reinterpret_cast<int32_t*>(panel);
     if (packs)

@@ -36,7 +36,7 @@ struct Layout {
   }
 };
 
-// The same for `stream_block`: all of A for a part of k, one panel of B, all sums.
+// The same where B is streamed: all of A for a part of k, one panel of B (or two), all sums.
 template <class Tile>
 struct StreamedLayout {
   int64_t row_panels, column_panels, depth, a_stride;
@@ -48,7 +48,7 @@ struct StreamedLayout {
     depth = smaller(Tile::kStreamedDepth, round_up(k, Tile::kDepthUnit));
     a_stride = (depth + Tile::kRowPadding) * Tile::kRows;
     b = size_t(round_up(row_panels * a_stride * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
-    c = b + size_t(depth * Tile::kColumns) * sizeof(typename Tile::Packed);
+    c = b + size_t(Tile::kStreamedPanels * depth * Tile::kColumns) * sizeof(typename Tile::Packed);
     end = c + size_t(row_panels * column_panels * Tile::kRows * Tile::kColumns) * sizeof(float);
   }
 };
@@ -94,6 +94,8 @@ class Meanwhile {
   // A tile is ready to be stored.
   void finish(int64_t m0, int64_t rows, int64_t n0, const float* sums) { m0_ = m0, rows_ = rows, n0_ = n0, sums_ = sums; }
 
+  // Once in a depth unit, and between its tile operations.
+  void between() {}
   void step() {
     store(rows_a_step_);
     a_.next(a_lines_);
@@ -130,7 +132,8 @@ size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
   return packed;
 }
 
-// The product of few rows, for which packing B first would take as long as using it: here memory delivers B meanwhile.
+// Tile::stream for tiles that give stream_tile(block, k0, depth, n0, rows, packs, a, b, sums, first, ahead): the product of
+// few rows, for which packing B first would take as long as using it. Here memory delivers B meanwhile.
 // The first tile of a column of tiles reads B where it lies, packs it for the others and fetches what comes next. Parts
 // of k are shallow, so that the processor's prefetcher can follow their rows.
 template <class Tile>
@@ -155,7 +158,7 @@ void stream_block(const Block& block, char* scratch) {
       for (int64_t i = 0; i < layout.row_panels; ++i) {
         const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
         float* sums = c + (j * layout.row_panels + i) * Tile::kRows * Tile::kColumns;
-        Tile::stream(block, k0, depth, n0, rows, i == 0, panels[i], b, sums, first, ahead);
+        Tile::stream_tile(block, k0, depth, n0, rows, i == 0, panels[i], b, sums, first, ahead);
         if (last) Tile::store(block, m0, rows, n0, smaller(Tile::kColumns, block.n - n0), sums);
       }
     }
@@ -167,12 +170,12 @@ void stream_block(const Block& block, char* scratch) {
 // pack_b(out, stride, block, k0, depth): all panels of columns;
 // multiply(rows, depth, a, b, sums, first, meanwhile), which gives `meanwhile` its steps or stores what it holds;
 // store(block, m0, rows, n0, columns, sums).
-// With kStreamedRows above 0 also kStreamedDepth and stream(block, k0, depth, n0, rows, packs, a, b, sums, first, ahead).
+// With kStreamedRows above 0 also kStreamedDepth, kStreamedPanels and stream(block, scratch).
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
   if constexpr (Tile::kStreamedRows > 0)
     if (block.m <= Tile::kStreamedRows && block.k > 0 && !block.a_transposed && !block.b_transposed)
-      return stream_block<Tile>(block, scratch);
+      return Tile::stream(block, scratch);
   using Packed = typename Tile::Packed;
   const Layout<Tile> layout(block.m, block.n, block.k, block.depth);
   Packed* a = reinterpret_cast<Packed*>(scratch + layout.a);

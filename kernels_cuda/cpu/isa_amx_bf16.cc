@@ -9,7 +9,7 @@ namespace {
 struct AmxTile {
   using Packed = uint16_t;
   static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kPieces = 1, kRowPadding = 32,
-                           kStreamedRows = 16, kStreamedDepth = 32;
+                           kStreamedRows = 256, kStreamedDepth = 64, kStreamedPanels = 2;
 
   // A row is `stride` elements after the one before, the next 32 of k are `step` after these.
   struct Rows {
@@ -23,10 +23,9 @@ struct AmxTile {
       transpose_rows(scratch, a + k0 * block.lda + m0, block.lda, rows, depth);
       return {scratch, 32, 32 * 32};
     }
+    // Copied, as a tile reads 16 rows and 32 of k, and rows that lie 4 KB apart fall into one set of L1. What it finds in
+    // rows past the last ends in sums that nobody stores.
     const uint16_t* from = a + m0 * block.lda + k0;
-    if (rows % 16 == 0 && depth % 32 == 0)
-      return {from, block.lda, 32};
-    // Copied, as a tile reads 16 rows and 32 of k. What it finds in rows past the last ends in sums that nobody stores.
     const int64_t stride = round_up(depth, 32) + kRowPadding;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < depth; k += 32)
@@ -56,14 +55,15 @@ struct AmxTile {
   }
 
   static void pack_b(uint16_t* out, int64_t stride, const Block& block, int64_t k0, int64_t depth) {
-    pack_columns(PairSource(), out, stride, block, k0, depth, round_up(depth, kDepthUnit));
+    pack_columns(UnpackedSource(), out, stride, block, k0, depth, round_up(depth, kDepthUnit));
   }
   static void store(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
-    store_tile(block, m0, rows, n0, columns, sums);
+    store_tile(UnpackedSource(), block, m0, rows, n0, columns, sums);
   }
 
+  template <class Other>
   static void multiply(int64_t rows, int64_t depth, const Rows& panel, const uint16_t* b, float* sums, bool first,
-                       Meanwhile<AmxTile>& meanwhile) {
+                       Other& meanwhile) {
     const uint16_t *a = panel.data, *lower = a + 16 * panel.stride;
     const int64_t stride = panel.stride * 2, step = panel.step;
     asm volatile("" ::: "memory");  // what was packed is in memory: the tile loads do not say what they read
@@ -78,10 +78,13 @@ struct AmxTile {
       for (int64_t s = 0; s < depth; s += 32, a += step, b += 32 * 32) {
         meanwhile.step();
         _tile_loadd(4, a, stride);
+        meanwhile.between();
         _tile_loadd(6, b, 128);
         _tile_dpbf16ps(0, 4, 6);
+        meanwhile.between();
         _tile_loadd(7, b + 32, 128);
         _tile_dpbf16ps(1, 4, 7);
+        meanwhile.between();
       }
     } else {
       if (first) {
@@ -96,10 +99,13 @@ struct AmxTile {
         _tile_loadd(4, a, stride);
         _tile_loadd(6, b, 128);
         _tile_dpbf16ps(0, 4, 6);
+        meanwhile.between();
         _tile_loadd(7, b + 32, 128);
         _tile_dpbf16ps(1, 4, 7);
+        meanwhile.between();
         _tile_loadd(5, lower, stride);
         _tile_dpbf16ps(2, 5, 6);
+        meanwhile.between();
         _tile_dpbf16ps(3, 5, 7);
       }
       _tile_stored(2, sums + 16 * 32, 128);
@@ -110,21 +116,85 @@ struct AmxTile {
     asm volatile("" ::: "memory");
   }
 
-  // The first tile of a column of tiles packs B into `b`.
-  static void stream(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
-                     const Rows& panel, uint16_t* b, float* sums, bool first, const Ahead& ahead) {
-    if (packs) {
-      auto* words = reinterpret_cast<int32_t*>(b);
-      const FromSource<PairSource> source(block, k0, depth, n0, ahead, words);
-      const int64_t used = (depth + 1) / 2;
-      __m512i low, high;
-      for (int64_t w = 0; w < used; ++w) source.load(w, low, high);
-      std::memset(words + used * 32, 0, size_t(round_up(depth, kDepthUnit) / 2 - used) * 128);
-    }
-    Meanwhile<AmxTile> nothing_else(block);
-    multiply(rows, depth, panel, b, sums, first, nothing_else);
-  }
+  static void stream(const Block& block, char* scratch);
 };
+
+// Packs one panel of B in steps, while the one before is multiplied, and fetches what will be packed after it.
+class NextPanel {
+ public:
+  // The panel at `at`, in so many steps, to [pairs of k][32 columns].
+  void begin(const Block& block, const Ahead& at, const Ahead& after, int64_t steps, uint16_t* to) {
+    const auto* b = static_cast<const uint16_t*>(block.b);
+    row_ = b + at.k * block.ldb + at.n;
+    after_ = b + after.k * block.ldb + after.n;
+    ldb_ = block.ldb, lanes_ = block.n - at.n, depth_ = at.depth;
+    pairs_ = round_up(at.depth, AmxTile::kDepthUnit) / 2;
+    share_ = (pairs_ + steps - 1) / steps;
+    whole_ = lanes_ >= AmxTile::kColumns && depth_ % AmxTile::kDepthUnit == 0;
+    to_ = to;
+  }
+  void step() { between(); }
+  void between() { whole_ ? pack<true>(share_) : pack<false>(share_); }
+  void finish() { pack<false>(pairs_); }
+
+ private:
+  template <bool kWhole>
+  void pack(int64_t pairs) {
+    const int64_t count = smaller(pairs, pairs_), ldb = ldb_;
+    const uint16_t *row = row_, *after = after_;
+    uint16_t* to = to_;
+    for (int64_t i = 0; i < count; ++i, row += 2 * ldb, after += 2 * ldb, to += 64) {
+      __m512i low = _mm512_setzero_si512(), high = low;
+      if (kWhole)
+        interleave(UnpackedSource(), _mm512_loadu_si512(row), _mm512_loadu_si512(row + ldb), low, high);
+      else if (2 * i < depth_)
+        load_across(UnpackedSource(), row, 2 * i + 1 < depth_ ? row + ldb : nullptr, lanes_, low, high);
+      _mm512_storeu_si512(to, low);
+      _mm512_storeu_si512(to + 32, high);
+      _mm_prefetch(reinterpret_cast<const char*>(after), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(after + ldb), _MM_HINT_T0);
+    }
+    row_ = row, after_ = after, to_ = to;
+    pairs_ -= count, depth_ -= 2 * count;
+  }
+
+  const uint16_t *row_, *after_;
+  int64_t ldb_, lanes_, depth_, pairs_ = 0, share_;
+  bool whole_;
+  uint16_t* to_;
+};
+
+void AmxTile::stream(const Block& block, char* scratch) {
+  const StreamedLayout<AmxTile> layout(block.m, block.n, block.k);
+  auto* a = reinterpret_cast<uint16_t*>(scratch);
+  auto* b = reinterpret_cast<uint16_t*>(scratch + layout.b);
+  auto* c = reinterpret_cast<float*>(scratch + layout.c);
+  const int64_t panel = layout.depth * kColumns, steps = 4 * layout.row_panels * layout.depth / kDepthUnit;
+  // Panels are numbered along n, then along k.
+  const auto at = [&](int64_t i) -> Ahead {
+    const int64_t k = i / layout.column_panels * layout.depth;
+    return {smaller(layout.depth, block.k - k), k, i % layout.column_panels * kColumns};
+  };
+  NextPanel next;
+  next.begin(block, at(0), at(1), 1, b);
+  next.finish();
+  Rows panels[kStreamedRows / kRows];
+  const int64_t count = layout.column_panels * ((block.k + layout.depth - 1) / layout.depth);
+  for (int64_t i = 0; i < count; ++i) {
+    const Ahead now = at(i);
+    if (now.n == 0)
+      for (int64_t p = 0; p < layout.row_panels; ++p)
+        panels[p] = pack_a(a + p * layout.a_stride, block, p * kRows, smaller(kRows, block.m - p * kRows), now.k, now.depth);
+    if (i + 1 < count) next.begin(block, at(i + 1), at(i + 2), steps, b + (i + 1) % 2 * panel);
+    for (int64_t p = 0; p < layout.row_panels; ++p) {
+      const int64_t m0 = p * kRows, rows = smaller(kRows, block.m - m0);
+      float* sums = c + (now.n / kColumns * layout.row_panels + p) * kRows * kColumns;
+      multiply(rows, now.depth, panels[p], b + i % 2 * panel, sums, now.k == 0, next);
+      if (now.k + now.depth == block.k) store(block, m0, rows, now.n, smaller(kColumns, block.n - now.n), sums);
+    }
+    next.finish();
+  }
+}
 
 // Few rows of int8. The rows of w are rows of a tile as they lie in memory, where nothing is packed; those of x are
 // packed as words of four along k, [k / 4][16 rows].
