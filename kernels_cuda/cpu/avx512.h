@@ -232,6 +232,8 @@ inline void reorder(UnpackedSource, __m512& x, __m512& y) {
   y = _mm512_castpd_ps(_mm512_permutex2var_pd(a, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), b));
 }
 
+inline bool whole_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kCacheLine == 0; }
+
 // `sums` is [kTileRows][32].
 template <class Order>
 void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
@@ -244,7 +246,11 @@ void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64
       uint16_t* c = static_cast<uint16_t*>(block.c) + at;
 #ifdef __AVX512BF16__
       // It flushes subnormals, which the sums of VDPBF16PS and TDPBF16PS cannot be.
-      _mm512_mask_storeu_epi16(c, first_halves(columns), (__m512i)_mm512_cvtne2ps_pbh(y, x));
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+      if (block.past_caches && columns >= 32 && whole_line(c))
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(c), both);
+      else
+        _mm512_mask_storeu_epi16(c, first_halves(columns), both);
 #else
       _mm256_mask_storeu_epi16(c, low, narrow16(x));
       if (high) _mm256_mask_storeu_epi16(c + 16, high, narrow16(y));
@@ -255,8 +261,13 @@ void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64
         x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(low, c));
         if (high) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(high, c + 16));
       }
-      _mm512_mask_storeu_ps(c, low, x);
-      if (high) _mm512_mask_storeu_ps(c + 16, high, y);
+      if (block.past_caches && columns >= 32 && whole_line(c)) {
+        _mm512_stream_ps(c, x);
+        _mm512_stream_ps(c + 16, y);
+      } else {
+        _mm512_mask_storeu_ps(c, low, x);
+        if (high) _mm512_mask_storeu_ps(c + 16, high, y);
+      }
     }
   }
 }
@@ -366,6 +377,8 @@ struct VectorTile {
 };
 
 inline void nothing() {}
+// What was stored past the caches is seen by every thread.
+inline void publish() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace mindjax

@@ -34,6 +34,7 @@ class Plan {
   Plan(const Call& call, const Kernels& kernels, std::vector<int64_t> starts, int64_t threads)
       : call_(call), kernels_(kernels), starts_(std::move(starts)) {
     const bool tgmm = call.product == Product::kTgmm;
+    past_caches_ = tgmm && !call.accumulate && call.groups * call.k * call.n * bytes(call.out) > kCaches;
     width_ = call.product == Product::kGmmT ? call.k : call.n;
     const int64_t tallest = tallest_group(starts_), height = tgmm ? call.k : tallest;
     const int64_t contracted = tgmm ? tallest : call.product == Product::kGmmT ? call.n : call.k;
@@ -78,6 +79,7 @@ class Plan {
     b.in = call_.in;
     b.out = call_.out;
     b.accumulate = call_.accumulate;
+    b.past_caches = past_caches_;
     b.depth = depth_;
     const int64_t height = call_.product == Product::kTgmm ? k : size, tall = blocks(height, block_m_);
     const int64_t inside = item - first_item_[group];
@@ -111,7 +113,8 @@ class Plan {
   }
 
  private:
-  static constexpr int64_t kZeroRows = 256, kFewRows = 256, kPackedBytes = 1 << 20;
+  static constexpr int64_t kZeroRows = 256, kFewRows = 256, kPackedBytes = 1 << 20,
+                           kCaches = 32 << 20;
 
   static int64_t even_blocks(int64_t size, int64_t most, int64_t unit) {
     const int64_t parts = std::max<int64_t>(1, blocks(size, std::max(unit, most)));
@@ -144,6 +147,7 @@ class Plan {
   const std::vector<int64_t> starts_;  // [groups + 1], of this call's groups
   std::vector<int64_t> first_item_;    // [groups + 1]
   int64_t width_, block_m_, block_n_, depth_, zero_items_ = 0;
+  bool past_caches_;
   size_t scratch_;
 };
 

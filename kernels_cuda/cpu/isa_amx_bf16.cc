@@ -288,7 +288,10 @@ struct alignas(64) TileConfig {
 constexpr TileConfig kConfig;
 
 void enter() { _tile_loadconfig(&kConfig); }
-void leave() { _tile_release(); }
+void leave() {
+  publish();
+  _tile_release();
+}
 
 }  // namespace
 

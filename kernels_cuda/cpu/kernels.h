@@ -10,7 +10,8 @@ namespace mindjax {
 // C[m, n] = the sum over k of A[m, k] B[k, n], accumulated in float32 in the order of k, whatever the blocking.
 struct Block {
   mjk_dtype in, out;
-  bool accumulate;                // add to what C holds (out is F32)
+  bool accumulate;                  // add to what C holds (out is F32)
+  bool past_caches;                 // C is part of a result larger than they are: it is stored past them
   bool a_transposed, b_transposed;  // A is stored [k, m]; B is stored [n, k]
   const void *a, *b;
   void* c;
