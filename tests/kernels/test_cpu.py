@@ -192,6 +192,14 @@ def test_sizes_of_the_model(api: Api) -> None:
     contract.check_tgmm(api, 2300, 48, 40, [2300], "cpu", out_dtype=F32)
 
 
+def test_results_larger_than_the_caches(api: Api) -> None:
+    """They are stored past them, in whole lines where those are whole."""
+    sizes = [5, 0, 9, 17, 0, 1, 2, 3]
+    for n in (1056, 1060):
+        contract.check_tgmm(api, sum(sizes), 2048, n, sizes, "cpu")
+        contract.check_tgmm(api, sum(sizes), 1024, n, sizes, "cpu", dtype=F32, out_dtype=F32)
+
+
 def test_float32_is_exact_to_a_few_roundings(api: Api) -> None:
     """Each sum within 2^-20 of the sum of its terms' sizes, over the exponents of numbers in training: where
     float32 is taken apart into bfloat16, a piece or a product of pieces left out is 2^-17 or more."""
