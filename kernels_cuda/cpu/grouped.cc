@@ -163,7 +163,7 @@ int run(const mjk_pool* pool, const Call& call, int64_t groups_total, int64_t gr
   const Kernels& kernels = call.in == MJK_F32 ? f32 : *isa().bf16;
   const Plan plan(call, kernels, std::move(starts), pool ? pool->threads : 1);
   // Waking a thread costs microseconds.
-  const int64_t workers = !pool || plan.work() < 4e6 ? 1 : pool->threads;
+  const int64_t workers = !pool || plan.work() < 6e5 ? 1 : pool->threads;
   return run_items(pool, workers, plan.items(), plan.scratch(), kernels,
                    [&plan](int64_t item, char* scratch) { plan.run(item, scratch); });
 }
