@@ -61,6 +61,7 @@ struct AmxTile {
     store_tile(UnpackedSource(), block, m0, rows, n0, columns, sums);
   }
 
+  // `meanwhile` gets a step() and three between() in each 32 of k.
   template <class Other>
   static void multiply(int64_t rows, int64_t depth, const Rows& panel, const uint16_t* b, float* sums, bool first,
                        Other& meanwhile) {
