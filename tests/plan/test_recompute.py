@@ -21,13 +21,30 @@ ROWS, LENGTH = 2, 64
 MODEL = catalog.CATALOG["tiny"]
 
 
+def text_batch(rows: int, length: int) -> Batch:
+    zeros = np.zeros((rows, length), np.int32)
+    return Batch(zeros, np.zeros((rows, length, 3), np.int32), zeros + 1, zeros.astype(np.float32), zeros - 1)
+
+
 def kept(remat: Any) -> int:
     """Bytes of what the backward pass of a forward pass holds, weights included."""
-    zeros = np.zeros((ROWS, LENGTH), np.int32)
-    batch = Batch(zeros, np.zeros((ROWS, LENGTH, 3), np.int32), zeros + 1, zeros.astype(np.float32), zeros - 1)
+    batch = text_batch(ROWS, LENGTH)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16), qwen3_vl.abstract_params(MODEL))
     _, pull = jax.vjp(lambda params: qwen3_vl.forward(params, MODEL, batch, remat=remat).hidden, params)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+
+
+def temporaries(remat: Any) -> int:
+    """Bytes beside arguments and results of a compiled gradient."""
+    batch, params = text_batch(8, 256), qwen3_vl.abstract_params(MODEL)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
+    gradient = jax.jit(jax.grad(lambda params: qwen3_vl.forward(params, MODEL, batch, remat=remat).hidden.sum()))
+    return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_compiler_does_not_keep_what_few_layers_compute_again() -> None:
+    """Without a loop between layers it would, finding that the two are the same: 98 MiB and not 34."""
+    assert temporaries("full") < 0.5 * temporaries("none")
 
 
 @pytest.mark.parametrize("name", NAMES)
