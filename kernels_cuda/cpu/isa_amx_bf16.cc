@@ -23,9 +23,15 @@ struct AmxTile {
       transpose_rows(scratch, a + k0 * block.lda + m0, block.lda, rows, depth);
       return {scratch, 32, 32 * 32};
     }
-    // Copied, as a tile reads 16 rows and 32 of k, and rows that lie 4 KB apart fall into one set of L1. What it finds in
-    // rows past the last ends in sums that nobody stores.
+    // In place where tiles read whole lines of cache, 16 rows of them and 32 of k.
     const uint16_t* from = a + m0 * block.lda + k0;
+    if (rows % 16 == 0 && depth % 32 == 0 && block.lda % 32 == 0 && whole_line(from)) return {from, block.lda, 32};
+    return copy_a(scratch, block, m0, rows, k0, depth);
+  }
+
+  // What a tile finds in rows past the last ends in sums that nobody stores.
+  static Rows copy_a(uint16_t* scratch, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
+    const uint16_t* from = static_cast<const uint16_t*>(block.a) + m0 * block.lda + k0;
     const int64_t stride = round_up(depth, 32) + kRowPadding;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < depth; k += 32)
@@ -183,9 +189,10 @@ void AmxTile::stream(const Block& block, char* scratch) {
   const int64_t count = layout.column_panels * ((block.k + layout.depth - 1) / layout.depth);
   for (int64_t i = 0; i < count; ++i) {
     const Ahead now = at(i);
+    // The rows of a part stay in L1, where rows 4 KB apart would share one set.
     if (now.n == 0)
       for (int64_t p = 0; p < layout.row_panels; ++p)
-        panels[p] = pack_a(a + p * layout.a_stride, block, p * kRows, smaller(kRows, block.m - p * kRows), now.k, now.depth);
+        panels[p] = copy_a(a + p * layout.a_stride, block, p * kRows, smaller(kRows, block.m - p * kRows), now.k, now.depth);
     if (i + 1 < count) next.begin(block, at(i + 1), at(i + 2), steps, b + (i + 1) % 2 * panel);
     for (int64_t p = 0; p < layout.row_panels; ++p) {
       const int64_t m0 = p * kRows, rows = smaller(kRows, block.m - m0);
