@@ -313,7 +313,8 @@ template <class S, class Step, int64_t kTileRows>
 struct VectorTile {
   using Packed = typename S::Packed;
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
-                           kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedDepth = 48, kStreamedPanels = 1;
+                           kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedPanels = 1;
+  static constexpr int64_t streamed_depth(int64_t) { return 48; }
 
   static const Packed* pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);

@@ -45,7 +45,7 @@ struct StreamedLayout {
   StreamedLayout(int64_t m, int64_t n, int64_t k) {
     row_panels = round_up(m, Tile::kRows) / Tile::kRows;
     column_panels = round_up(n, Tile::kColumns) / Tile::kColumns;
-    depth = smaller(Tile::kStreamedDepth, round_up(k, Tile::kDepthUnit));
+    depth = smaller(Tile::streamed_depth(m), round_up(k, Tile::kDepthUnit));
     a_stride = (depth + Tile::kRowPadding) * Tile::kRows;
     b = size_t(round_up(row_panels * a_stride * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
     c = b + size_t(Tile::kStreamedPanels * depth * Tile::kColumns) * sizeof(typename Tile::Packed);
@@ -170,7 +170,7 @@ void stream_block(const Block& block, char* scratch) {
 // pack_b(out, stride, block, k0, depth): all panels of columns;
 // multiply(rows, depth, a, b, sums, first, meanwhile), which gives `meanwhile` its steps or stores what it holds;
 // store(block, m0, rows, n0, columns, sums).
-// With kStreamedRows above 0 also kStreamedDepth, kStreamedPanels and stream(block, scratch).
+// With kStreamedRows above 0 also streamed_depth(m), kStreamedPanels and stream(block, scratch).
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
   if constexpr (Tile::kStreamedRows > 0)
