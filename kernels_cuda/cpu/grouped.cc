@@ -113,8 +113,7 @@ class Plan {
   }
 
  private:
-  static constexpr int64_t kZeroRows = 256, kFewRows = 256, kPackedBytes = 1 << 20,
-                           kCaches = 32 << 20;
+  static constexpr int64_t kZeroRows = 256, kFewRows = 256, kPackedBytes = 1 << 20, kCaches = 32 << 20;
 
   static int64_t even_blocks(int64_t size, int64_t most, int64_t unit) {
     const int64_t parts = std::max<int64_t>(1, blocks(size, std::max(unit, most)));
