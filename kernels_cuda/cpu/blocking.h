@@ -94,8 +94,7 @@ class Meanwhile {
   // A tile is ready to be stored.
   void finish(int64_t m0, int64_t rows, int64_t n0, const float* sums) { m0_ = m0, rows_ = rows, n0_ = n0, sums_ = sums; }
 
-  // Once in a depth unit, and between its tile operations.
-  void between() {}
+  void between() {}  // the tile operations of a depth unit: all is done in one step
   void step() {
     store(rows_a_step_);
     a_.next(a_lines_);
