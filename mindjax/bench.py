@@ -141,7 +141,7 @@ class OurTrainer:
 
         from mindjax.data.packing import BatchShape, pack, size_of
         from mindjax.models import qwen3_vl
-        from mindjax.ops.scan import UNROLLED
+        from mindjax.ops.scan import loops
         from mindjax.sft.train import SFTLoss
         from mindjax.train.state import TrainState
         from mindjax.train.step import train_step
@@ -152,7 +152,7 @@ class OurTrainer:
         shape = replace(shape, vision_rows=case.rows, vision_length=frame)
         batch = pack([[row] for row in rows], shape)
         self._batches = jax.tree.map(lambda x: x[None], batch)
-        remat = "none" if config.text.num_hidden_layers <= UNROLLED else REMAT
+        remat = REMAT if loops(config.text.num_hidden_layers, False) else "none"
         self._step = train_step(SFTLoss(config, "token", remat), optimizer, case.dtype)
         key = jax.random.key(0)
         self._state = TrainState.create(qwen3_vl.init(config, key), optimizer, key)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mindjax.config import ModelConfig, TextConfig
@@ -25,7 +26,7 @@ from mindjax.models.vision import VisionEncoder, VisionFeatures, encode
 from mindjax.ops.logprobs import token_logprobs as head_logprobs
 from mindjax.ops.matmul import matmul, matmul_transposed
 from mindjax.ops.norm import rms_norm
-from mindjax.ops.scan import scan_layers
+from mindjax.ops.scan import loops, scan_layers, unstack
 from mindjax.types import Batch, VisionInputs
 from sharding.links import ONE_DEVICE, Links
 from sharding.parallel import Parallel
@@ -169,12 +170,17 @@ def forward(
     if vision_features is None and batch.vision is not None:
         vision_features = _whole_features(params, config, batch, remat, links, axes)
     x = embed(links.weights(text["embed"], text_axes and text_axes["embed"]), batch.tokens, links)
-    deepstack, places = None, None
+    gathers = links.layout.fsdp > 1
+    loop = loops(config.text.num_hidden_layers, remat != "none" or gathers or links.layout.stage > 1)
+    deepstack: Any = []
+    places = None
     if vision_features is not None:
         index = links.own_tokens(batch.vision_index)
         places = (index >= 0)[..., None]
-        placed = _place(vision_features, index)
-        x, deepstack = jnp.where(places, placed[0], x), placed[1:]
+        tokens, *deepstack = _place(vision_features, index)
+        x = jnp.where(places, tokens, x)
+    if deepstack and loop:
+        deepstack = jnp.stack(deepstack)
     # What the layers read of the rows beside x.
     beside = (text_rope(batch.positions, config.text), batch.segment_ids, deepstack, places)
 
@@ -187,7 +193,7 @@ def forward(
 
         p = links.weights(p, text_axes and text_axes["layers"])
         x, router, state = decoder_layer(p, x, rope, segments, config.text, attend, links)
-        if deepstack is not None and len(deepstack):
+        if len(deepstack):
             x = _add_deepstack(x, deepstack, index, places)
         return x, (router, state)
 
@@ -195,12 +201,9 @@ def forward(
         x, router = _through_stages(block, x, beside, text["layers"], remat, links)
         state = None
     else:
-        layers = (text["layers"], jnp.arange(config.text.num_hidden_layers, dtype=jnp.int32))
-        gathers = links.layout.fsdp > 1
-        x, (router, state) = scan_layers(
-            rematerialise(partial(block, beside=beside), remat, gathers=gathers), x, layers,
-            unroll=remat == "none" and not gathers,
-        )  # fmt: skip
+        layers = (text["layers"], np.arange(config.text.num_hidden_layers, dtype=np.int32))
+        layer = rematerialise(partial(block, beside=beside), remat, gathers=gathers)
+        x, (router, state) = scan_layers(layer, x, layers, loop=loop)
     return Output(rms_norm(x, text["norm"], config.text.rms_norm_eps), router, state)
 
 
@@ -216,13 +219,13 @@ def _through_stages(
 
     rope, segments, deepstack, places = beside
     # The levels of DeepStack come before the rows.
-    levels = None if deepstack is None else jnp.moveaxis(deepstack, 0, 1)
+    levels = jnp.moveaxis(deepstack, 0, 1) if len(deepstack) else None
     cut = jax.tree.map(split, (rope, segments, levels, places))
     size = jax.tree.leaves(layers)[0].shape[2]
 
     def run(x: jax.Array, number: jax.Array, turn: jax.Array) -> tuple[jax.Array, Any]:
         rope, segments, levels, places = jax.tree.map(lambda leaf: leaf[number], cut)
-        beside = (rope, segments, None if levels is None else jnp.moveaxis(levels, 1, 0), places)
+        beside = (rope, segments, [] if levels is None else jnp.moveaxis(levels, 1, 0), places)
         first = (turn * layout.stage + links.index("stage")) * size
         index = first + jnp.arange(size, dtype=jnp.int32)
 
@@ -364,22 +367,27 @@ def _shift_right(values: jax.Array, keep: jax.Array) -> jax.Array:
     return jnp.pad(kept, ((0, 0), (1, 0)))
 
 
-def _place(features: VisionFeatures, vision_index: jax.Array) -> jax.Array:
-    """Tokens and DeepStack levels at their places in the rows, [1 + levels, B, T, H]; the caller masks text.
+def _place(features: VisionFeatures, vision_index: jax.Array) -> list[jax.Array]:
+    """Tokens and DeepStack levels at their places in the rows, [B, T, H] each; the caller masks text."""
+    index = jnp.maximum(vision_index, 0)
+    return [level[index] for level in (features.tokens, *unstack(features.deepstack))]
 
-    All levels in one gather, for the gradient of a gather is a scatter, which runs one token at a time on a CPU.
+
+def _add_deepstack(x: jax.Array, deepstack: Any, layer: Any, places: jax.Array) -> jax.Array:
+    """Adds level `layer` of the DeepStack features in the first layers, nothing in the others.
+
+    Args:
+      deepstack: [levels, B, T, H], or a list where `layer` is known.
     """
-    levels = jnp.concatenate([features.tokens[None], features.deepstack])
-    table = levels.swapaxes(0, 1).reshape(levels.shape[1], -1)
-    placed = table[jnp.maximum(vision_index, 0)].reshape(*vision_index.shape, *levels.shape[::2])
-    return jnp.moveaxis(placed, 2, 0)
 
-
-def _add_deepstack(x: jax.Array, deepstack: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
-    """Adds level `layer` of the DeepStack features [levels, B, T, H] in the first layers, nothing in the others."""
-
-    def add(x: jax.Array) -> jax.Array:
-        level = jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)
+    def add(x: jax.Array, level: jax.Array) -> jax.Array:
         return x + jnp.where(places, level, jnp.zeros((), x.dtype))
 
-    return jax.lax.cond(layer < deepstack.shape[0], add, lambda x: x, x)
+    if isinstance(deepstack, list):
+        return add(x, deepstack[layer]) if layer < len(deepstack) else x
+    return jax.lax.cond(
+        layer < deepstack.shape[0],
+        lambda x: add(x, jax.lax.dynamic_index_in_dim(deepstack, layer, keepdims=False)),
+        lambda x: x,
+        x,
+    )

@@ -20,7 +20,7 @@ from mindjax.ops.attention import attention
 from mindjax.ops.levels import put_level
 from mindjax.ops.matmul import add_bias, matmul
 from mindjax.ops.rotary import rotate
-from mindjax.ops.scan import scan_layers
+from mindjax.ops.scan import loops, scan_layers, unstack
 from mindjax.types import VisionInputs
 from sharding.links import ONE_DEVICE, Links
 from sharding.remat import Remat, rematerialise
@@ -127,31 +127,33 @@ def encode(
     x = embed_patches(p, vision, config)
     rope = vision_rope(vision.coordinates, config)
 
-    def block(carry: tuple[jax.Array, jax.Array], layer: tuple[dict[str, Any], jax.Array]) -> tuple[Any, None]:
+    gathers = links.layout.fsdp * links.layout.tensor > 1
+    loop = loops(config.depth, remat != "none" or gathers)
+
+    def block(carry: tuple[jax.Array, Any], layer: tuple[dict[str, Any], jax.Array]) -> tuple[Any, None]:
         x, taps = carry
         p, level = layer
         p = links.weights(p, axes and axes["blocks"], WEIGHTS_OVER)
         x = x + vision_attention(p, x, rope, vision.segment_ids, config)
         x = x + vision_mlp(p, x)
         # A tap is kept in the carry, not as a scan output, so that depth x patches is never materialised.
-        return (x, put_level(taps, x, level)), None
+        return (x, put_level(taps, x, level) if loop else taps | {int(level): x}), None
 
     indexes = config.deepstack_visual_indexes
     levels = len(indexes)
-    taps = jnp.zeros((levels, *x.shape), x.dtype)
     level_of = [indexes.index(layer) if layer in indexes else -1 for layer in range(config.depth)]
-    layers = (blocks, jnp.asarray(level_of, jnp.int32))
-    gathers = links.layout.fsdp * links.layout.tensor > 1
-    (x, taps), _ = scan_layers(
-        rematerialise(block, remat, gathers=gathers), (x, taps), layers, unroll=remat == "none" and not gathers
-    )
+    layers = (blocks, np.asarray(level_of, np.int32))
+    taps = jnp.zeros((levels, *x.shape), x.dtype) if loop else {}
+    (x, taps), _ = scan_layers(rematerialise(block, remat, gathers=gathers), (x, taps), layers, loop=loop)
 
     tokens = merge_patches(p["merger"], x, config)
     # Level j of the language model receives the j-th tap in layer order, through the merger of its place in the list.
+    mergers = jax.tree.map(unstack, p.get("deepstack_mergers", {}))
     deepstack = [
-        merge_tap(jax.tree.map(lambda leaf, j=j: leaf[j], p["deepstack_mergers"]), taps[j], config)
-        for j in np.argsort(indexes)
-    ]
+        merge_tap(jax.tree.map(lambda parts, j=j: parts[j], mergers, is_leaf=lambda node: isinstance(node, list)),
+                  taps[j], config)
+        for j in map(int, np.argsort(indexes))
+    ]  # fmt: skip
     return VisionFeatures(tokens, jnp.stack(deepstack) if levels else jnp.zeros((0, *tokens.shape), tokens.dtype))
 
 

@@ -1,4 +1,4 @@
-"""A scan over stacked layers that stores floats of one and two bytes as integers."""
+"""A scan over stacked layers that stores floats of one and two bytes as integers, or the same layers without a loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ Leaves = list[Any]
 UNROLLED = 12  # up to so many layers there need be no loop: nothing is copied into stacks and out of them
 
 
-def scan_layers(block: Block, carry: Any, layers: Any, *, unroll: bool = False) -> tuple[Any, Any]:
+def loops(layers: int, recomputes: bool) -> bool:
+    """Whether that many layers need a loop: many, and those that compute again what they did not keep.
+
+    Without a loop between, XLA would find that the second time is the same as the first, and keep it.
+    """
+    return recomputes or layers > UNROLLED
+
+
+def scan_layers(block: Block, carry: Any, layers: Any, *, loop: bool = True) -> tuple[Any, Any]:
     """`lax.scan(block, carry, layers)` at a cost that is linear in the number of layers in bfloat16 too.
 
     XLA's CPU backend converts a whole bfloat16 stack to float32 and back around each slice or update (see
@@ -35,15 +43,17 @@ def scan_layers(block: Block, carry: Any, layers: Any, *, unroll: bool = False) 
         `jax.checkpoint`.
       carry: floats.
       layers: leaves with a leading layer axis, floats and integers.
-      unroll: whether few layers may follow each other without a loop. Not those that compute again what they did not
-        keep: without a loop between, XLA would find that it is the same, and keep it.
+      loop: see `loops`. Without one, integers of NumPy reach the block as such: what depends on them is decided when
+        it is traced.
 
     Returns:
       (last carry, outputs stacked over layers).
     """
+    if not loop:
+        return _follow(block, carry, layers)
     small = any(is_small(leaf.dtype) for leaf in jax.tree.leaves((carry, layers)))
     if not small or jax.default_backend() != "cpu":
-        return _loop(block, carry, layers, unroll)
+        return lax.scan(block, carry, layers)
     floats, rest = _partition(layers)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
     # As a jaxpr, for it names everything that the block closes over: that too must be an argument, and stored once.
@@ -55,17 +65,41 @@ def scan_layers(block: Block, carry: Any, layers: Any, *, unroll: bool = False) 
         out = jax.core.eval_jaxpr(closed.jaxpr, _join(*captured, closed.consts), *leaves)
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    return _scan(function, shapes[1], unroll, carry, floats, captured, (rest, constants))
+    return _scan(function, shapes[1], carry, floats, captured, (rest, constants))
 
 
-def _loop(step: Block, carry: Any, layers: Any, unroll: bool, *, reverse: bool = False) -> tuple[Any, Any]:
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return lax.scan(step, carry, layers, reverse=reverse, unroll=count if unroll and count <= UNROLLED else 1)
+def _follow(block: Block, carry: Any, layers: Any) -> tuple[Any, Any]:
+    leaves, tree = jax.tree.flatten(layers)
+    parts = [unstack(leaf) if _is_float(leaf) else list(leaf) for leaf in leaves]
+    outputs = []
+    for layer in zip(*parts, strict=True):
+        carry, out = block(carry, jax.tree.unflatten(tree, layer))
+        outputs.append(out)
+    return carry, jax.tree.map(lambda *parts: _stack(list(parts)), *outputs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+# Written out, for the gradient of an index is a stack of zeros with one part in it, and there are as many of these to
+# add as there are parts.
+
+
+@jax.custom_vjp
+def unstack(stack: Array) -> list[Array]:
+    """The parts of a stack of floats along its leading axis."""
+    return [from_bits(part, stack.dtype) for part in to_bits(stack)]
+
+
+@jax.custom_vjp
+def _stack(parts: list[Array]) -> Array:
+    return from_bits(jnp.stack([to_bits(part) for part in parts]), parts[0].dtype)
+
+
+unstack.defvjp(lambda stack: (unstack(stack), None), lambda _, parts: (_stack(parts),))
+_stack.defvjp(lambda parts: (_stack(parts), None), lambda _, g: (unstack(g),))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(
-    function: Callable[..., Any], shapes: Any, unroll: bool, carry: Any, floats: Leaves, captured: Leaves, integers: Any
+    function: Callable[..., Any], shapes: Any, carry: Any, floats: Leaves, captured: Leaves, integers: Any
 ) -> tuple[Any, Any]:
     rest, constants = integers
 
@@ -73,7 +107,7 @@ def _scan(
         carry, out = function(carry, (_restore(layer[0], floats), layer[1]), (captured, constants))
         return carry, _store(out)
 
-    carry, out = _loop(step, carry, (_store(floats), rest), unroll)
+    carry, out = lax.scan(step, carry, (_store(floats), rest))
     return carry, _restore(out, shapes)
 
 
@@ -94,7 +128,7 @@ class _Recipe:
 
 
 def _forward(
-    function: Callable[..., Any], shapes: Any, unroll: bool, carry: Any, floats: Leaves, captured: Leaves, integers: Any
+    function: Callable[..., Any], shapes: Any, carry: Any, floats: Leaves, captured: Leaves, integers: Any
 ) -> Any:
     rest, constants = integers
     recipes: list[_Recipe] = []
@@ -120,11 +154,11 @@ def _forward(
         recipes.append(_Recipe(tree, tuple(sources), tuple(leaf.dtype for leaf in kept)))
         return carry, (_store(out), [to_bits(leaf) for leaf in kept])
 
-    carry, (out, kept) = _loop(step, carry, (_store(floats), rest), unroll)
+    carry, (out, kept) = lax.scan(step, carry, (_store(floats), rest))
     return (carry, _restore(out, shapes)), (recipes[-1], kept, floats, captured, integers)
 
 
-def _backward(function: Callable[..., Any], shapes: Any, unroll: bool, saved: Any, gradients: Any) -> Any:
+def _backward(function: Callable[..., Any], shapes: Any, saved: Any, gradients: Any) -> Any:
     recipe, kept, floats, captured, integers = saved
     rest, constants = integers
     d_carry, d_out = gradients
@@ -139,9 +173,7 @@ def _backward(function: Callable[..., Any], shapes: Any, unroll: bool, saved: An
         return (d_carry, jax.tree.map(jnp.add, d_captured, more)), _store(d_floats)
 
     start = (d_carry, jax.tree.map(jnp.zeros_like, captured))
-    (d_carry, d_captured), d_floats = _loop(
-        step, start, (_store(floats), rest, kept, _store(d_out)), unroll, reverse=True
-    )
+    (d_carry, d_captured), d_floats = lax.scan(step, start, (_store(floats), rest, kept, _store(d_out)), reverse=True)
     no_gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), integers)
     return d_carry, _restore(d_floats, floats), d_captured, no_gradient
 

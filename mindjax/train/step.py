@@ -89,10 +89,13 @@ class TrainStep:
             scale = jnp.minimum(1.0, self._config.clip_norm / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda g: g * scale, gradient)
         optimizer = make_optimizer(self._config, state.params)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
-        # Chosen here, where the old values are read anyway: the host learns of it when they are gone.
-        trainable = jax.tree.map(lambda p, u: jnp.where(good, p - learning_rate * u, p), trainable, updates)
-        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)
+
+        def update(gradient: Params, trainable: Params, opt_state: Any) -> tuple[Params, Any]:
+            updates, opt_state = optimizer.update(gradient, opt_state, trainable)
+            return jax.tree.map(lambda p, u: p - learning_rate * u, trainable, updates), opt_state
+
+        # Chosen here, where the old values are at hand: the host learns of it when they are gone.
+        trainable, opt_state = _update_if(good, update, gradient, trainable, state.opt_state)
         one = jnp.ones((), jnp.float32)
         metrics = {"loss": (loss, one), **metrics, "grad_norm": (norm, one), "skipped": (1.0 - good, one)}
         return TrainState(join(trainable, frozen), opt_state, state.step + 1, state.key), metrics
@@ -176,6 +179,25 @@ def router_term(router: RouterStats, model: ModelConfig) -> LossOutput:
         "router_peak": (jnp.sum(peak), jnp.float32(peak.size)),
     }
     return LossOutput(model.text.router_aux_loss_coef * total, count, metrics)
+
+
+def _update_if(good: Array, update: Callable[..., Any], gradient: Params, trainable: Params, opt_state: Any) -> Any:
+    """`update(gradient, trainable, opt_state)` where `good`, else the (trainable, opt_state) given.
+
+    On one CPU device as a branch: in a choice element by element, loops that read the moments run beside those that
+    overwrite them, for which XLA copies all moments first. Elsewhere a branch would wait for the host or hold
+    collectives.
+    """
+
+    def branch(*state: Any) -> Any:
+        return jax.lax.cond(good, update, lambda _, trainable, opt_state: (trainable, opt_state), *state)
+
+    def choice(gradient: Params, *old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), update(gradient, *old), old)
+
+    if jax.device_count() > 1:
+        return choice(gradient, trainable, opt_state)
+    return jax.lax.platform_dependent(gradient, trainable, opt_state, cpu=branch, default=choice)
 
 
 def _terms(output: LossOutput | Terms) -> Terms:

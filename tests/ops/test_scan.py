@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mindjax.ops.scan import UNROLLED, scan_layers
+from mindjax.ops.scan import UNROLLED, loops, scan_layers, unstack
 
 LAYERS, ROWS, H = 5, 6, 8
 
@@ -62,15 +62,33 @@ def test_equals_lax_scan(dtype: Any, remat: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_few_layers_without_a_loop(dtype: Any) -> None:
-    mask, unrolled = jnp.arange(ROWS) % 3 > 0, partial(scan_layers, unroll=True)
+    mask, follow = jnp.arange(ROWS) % 3 > 0, partial(scan_layers, loop=False)
     arguments = problem(dtype)
-    ours, theirs = (run(scan, False, mask)(*arguments) for scan in (unrolled, lax.scan))
+    ours, theirs = (run(scan, False, mask)(*arguments) for scan in (follow, lax.scan))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= (2e-2 if dtype == jnp.bfloat16 else 1e-6) * np.linalg.norm(b)
+    assert " while(" not in run(follow, False, mask).lower(*arguments).compile().as_text()
+    assert " while(" in run(scan_layers, False, mask).lower(*arguments).compile().as_text()
+    assert [loops(UNROLLED, False), loops(UNROLLED + 1, False), loops(1, True)] == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_outputs_without_a_loop_have_gradients(dtype: Any) -> None:
+    layers, x, _ = problem(dtype)
+
+    def loss(scan: Any, layers: Any, x: jax.Array) -> jax.Array:
+        x, out = scan(lambda x, p: (x @ p["w"], x * p["scale"][None]), x, layers)
+        first, *_ = unstack(out)
+        return sum(((y.astype(jnp.float32) ** 2).sum() for y in (out, first, x)), jnp.float32(0))
+
+    scans = (partial(scan_layers, loop=False), lax.scan)
+    ours, theirs = (jax.grad(partial(loss, scan), argnums=(0, 1))(layers, x) for scan in scans)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.linalg.norm(a - b) <= (2e-2 if dtype == jnp.bfloat16 else 1e-6) * np.linalg.norm(b)
-    assert " while(" not in run(unrolled, False, mask).lower(*arguments).compile().as_text()
-    for scan, count in ((unrolled, UNROLLED + 1), (scan_layers, LAYERS)):
-        assert " while(" in run(scan, False, mask).lower(*problem(dtype, count)).compile().as_text()
 
 
 def test_no_stack_is_converted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -107,6 +108,13 @@ def test_a_step_clips_updates_and_compiles_once():
         jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(state.params), strict=True
     ):
         assert np.array_equal(before, after) == path_of(path).startswith("vision"), path_of(path)
+
+
+def test_a_step_copies_no_moment():
+    """Else every step reads and writes all of the optimizer's state once more."""
+    state = TrainState.create(tiny.init(tiny.model()), PLAIN, jax.random.key(0))
+    compiled = train_step(SFTLoss(tiny.model(), "token", "none"), PLAIN).lower(state, batches(1)).compile()
+    assert not re.findall(r"copy\(%state_opt_state\S*", compiled.as_text())
 
 
 def test_the_same_loss_and_static_settings_share_a_step():
