@@ -225,7 +225,7 @@ def _through_stages(
 
     def run(x: jax.Array, number: jax.Array, turn: jax.Array) -> tuple[jax.Array, Any]:
         rope, segments, levels, places = jax.tree.map(lambda leaf: leaf[number], cut)
-        beside = (rope, segments, [] if levels is None else jnp.moveaxis(levels, 1, 0), places)
+        beside: Any = (rope, segments, [] if levels is None else jnp.moveaxis(levels, 1, 0), places)
         first = (turn * layout.stage + links.index("stage")) * size
         index = first + jnp.arange(size, dtype=jnp.int32)
 

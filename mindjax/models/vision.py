@@ -143,7 +143,7 @@ def encode(
     levels = len(indexes)
     level_of = [indexes.index(layer) if layer in indexes else -1 for layer in range(config.depth)]
     layers = (blocks, np.asarray(level_of, np.int32))
-    taps = jnp.zeros((levels, *x.shape), x.dtype) if loop else {}
+    taps: Any = jnp.zeros((levels, *x.shape), x.dtype) if loop else {}
     (x, taps), _ = scan_layers(rematerialise(block, remat, gathers=gathers), (x, taps), layers, loop=loop)
 
     tokens = merge_patches(p["merger"], x, config)
