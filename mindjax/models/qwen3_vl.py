@@ -352,10 +352,11 @@ def _predictions(
     hidden, targets = links.head_tokens(output.hidden), links.head_targets(targets)
     logp, entropy = head_logprobs(
         hidden.reshape(targets.size, -1),
-        matrix if name == "head" else matrix.T,
+        matrix,
         targets.reshape(-1),
         temperature=temperature,
         axis="tensor" if links.layout.tensor > 1 else None,
+        transposed=name == "embed",
     )
     logp, entropy = (links.from_head(x.reshape(targets.shape)) for x in (logp, entropy))
     return logp, entropy, output.router

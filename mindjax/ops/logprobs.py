@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mindjax.ops.matmul import matmul
+from mindjax.ops.matmul import matmul, matmul_transposed
 
 Array = jax.Array
 
@@ -30,6 +30,7 @@ def token_logprobs(
     temperature: float | Array = 1.0,
     chunk: int | None = None,
     axis: str | None = None,
+    transposed: bool = False,
 ) -> tuple[Array, Array]:
     """Log-probability of each target, and entropy of the distribution it is drawn from.
 
@@ -43,6 +44,7 @@ def token_logprobs(
         at most `CHUNK_LOGITS` numbers, or `LEAST_PLACES` places where there is no CPU.
       axis: of a mesh, over which the vocabulary is split, in order: V is then a device's share, and targets count
         through all shares. The results are the same on every device. To be called inside `jax.shard_map`.
+      transposed: whether `head` is [V, H], an embedding table that is the head too.
 
     Returns:
       (logp [N], entropy [N]), float32, in nats.
@@ -53,33 +55,37 @@ def token_logprobs(
     if not isinstance(temperature, jax.Array) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy decoding has no log-probabilities")
     temperature = jnp.asarray(temperature, jnp.float32)
-    places, vocabulary = hidden.shape[0], head.shape[1]
+    places, vocabulary = hidden.shape[0], head.shape[0 if transposed else 1]
     chunk = chunk or max(1 if jax.default_backend() == "cpu" else LEAST_PLACES, CHUNK_LOGITS // vocabulary)
     if places <= chunk:
-        return _chunk_logprobs(hidden, head, targets, temperature, axis)
+        return _chunk_logprobs(hidden, head, targets, temperature, axis, transposed)
 
     chunks = -(-places // chunk)
     padding = chunks * chunk - places
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
     targets = jnp.pad(targets, (0, padding)).reshape(chunks, chunk)
-    one_chunk = jax.checkpoint(lambda pair: _chunk_logprobs(pair[0], head, pair[1], temperature, axis))
+    one_chunk = jax.checkpoint(lambda pair: _chunk_logprobs(pair[0], head, pair[1], temperature, axis, transposed))
     logp, entropy = lax.map(one_chunk, (hidden, targets))
     return logp.reshape(-1)[:places], entropy.reshape(-1)[:places]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _product(hidden: Array, head: Array, transposed: bool) -> Array:
+    # float32 from here on: eps of GSPO lies below the spacing of bfloat16 at 1.0.
+    return (matmul_transposed if transposed else matmul)(hidden, head, dtype=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunk_logprobs(
-    hidden: Array, head: Array, targets: Array, temperature: Array, axis: str | None
+    hidden: Array, head: Array, targets: Array, temperature: Array, axis: str | None, transposed: bool
 ) -> tuple[Array, Array]:
-    return _forward(hidden, head, targets, temperature, axis)[0]
+    return _forward(hidden, head, targets, temperature, axis, transposed)[0]
 
 
 # The backward pass is written out: it passes over the logits once, where the derived one does so a dozen times.
 def _forward(
-    hidden: Array, head: Array, targets: Array, temperature: Array, axis: str | None
+    hidden: Array, head: Array, targets: Array, temperature: Array, axis: str | None, transposed: bool
 ) -> tuple[tuple[Array, Array], tuple]:
-    # float32 from here on: eps of GSPO lies below the spacing of bfloat16 at 1.0.
-    logits = matmul(hidden, head, dtype=jnp.float32) / temperature
+    logits = _product(hidden, head, transposed) / temperature
     largest = jnp.max(logits, axis=-1, keepdims=True)
     if axis is not None:
         largest = lax.pmax(largest, axis)
@@ -97,7 +103,9 @@ def _forward(
     return (chosen - normaliser, entropy), (hidden, head, place, temperature, logits, normaliser, entropy)
 
 
-def _backward(axis: str | None, saved: tuple, gradients: tuple[Array, Array]) -> tuple[Array, Array, np.ndarray, Array]:
+def _backward(
+    axis: str | None, transposed: bool, saved: tuple, gradients: tuple[Array, Array]
+) -> tuple[Array, Array, np.ndarray, Array]:
     hidden, head, place, temperature, logits, normaliser, entropy = saved
     # Every device has the same results, each with its share of their gradient.
     d_logp, d_entropy = (g[:, None] for g in (gradients if axis is None else lax.psum(gradients, axis)))
@@ -106,7 +114,7 @@ def _backward(axis: str | None, saved: tuple, gradients: tuple[Array, Array]) ->
     d_logits = jnp.where(chosen, d_logp, jnp.float32(0)) - jnp.exp(logp) * (
         d_logp + d_entropy * (logp + entropy[:, None])
     )
-    _, product_vjp = jax.vjp(lambda hidden, head: matmul(hidden, head, dtype=jnp.float32), hidden, head)
+    _, product_vjp = jax.vjp(lambda hidden, head: _product(hidden, head, transposed), hidden, head)
     d_hidden, d_head = product_vjp(d_logits / temperature)
     return d_hidden, d_head, np.zeros(place.shape, jax.dtypes.float0), jnp.zeros_like(temperature)
 

@@ -30,19 +30,23 @@ def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, tempera
 def test_matches_float64(temperature: float, chunk: int | None) -> None:
     hidden, head, targets = operands()
     logp, entropy = token_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk)
+    tied = token_logprobs(hidden, head.T, targets, temperature=temperature, chunk=chunk, transposed=True)
     expected = reference(hidden, head, targets, temperature)
     assert logp.dtype == entropy.dtype == jnp.float32
     np.testing.assert_allclose(logp, expected[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(entropy, expected[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tied, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_gradients_against_finite_differences(chunk: int | None) -> None:
+def test_gradients_against_finite_differences(chunk: int | None, transposed: bool) -> None:
     hidden, head, targets = operands()
     weights = np.random.default_rng(1).normal(size=(2, N))
 
     def objective(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        logp, entropy = token_logprobs(hidden, head, targets, temperature=0.7, chunk=chunk)
+        head = head.T if transposed else head
+        logp, entropy = token_logprobs(hidden, head, targets, temperature=0.7, chunk=chunk, transposed=transposed)
         return (logp * weights[0].astype(np.float32)).sum() + (entropy * weights[1].astype(np.float32)).sum()
 
     gradients = jax.jit(jax.grad(objective, argnums=(0, 1)))(hidden, head)
