@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define MJK_LANES 16
 #elif defined(__AVX2__)
@@ -39,17 +43,38 @@ static inline vi load_int(const int32_t* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// In one instruction, or two, of the many that compilers make of __builtin_convertvector.
+static inline vu widen(vh h) {
+#if MJK_LANES == 16
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif MJK_LANES == 8
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+static inline vh narrow(vu u) {
+#if MJK_LANES == 16
+  return (vh)_mm512_cvtepi32_epi16((__m512i)u);
+#elif MJK_LANES == 8
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+#else
+  return __builtin_convertvector(u, vh);
+#endif
+}
 static inline vf load(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(widen(h) << 16);
 }
-// To the nearest, ties to even; a NaN stays one.
+// Rounded to the nearest bf16 in the upper half of each element, ties to even; a NaN stays one. The lower half is
+// anything.
+static inline vu round_upper(vf v) {
+  const vu u = (vu)v;
+  return v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+}
 static inline void store(bf16* p, vf v) {
-  vu u = (vu)v;
-  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vu quiet = (u >> 16) | 0x40;
-  vh h = __builtin_convertvector((vu)(v == v ? (vi)rounded : (vi)quiet), vh);
+  const vh h = narrow(round_upper(v) >> 16);
   memcpy(p, &h, sizeof h);
 }
 
@@ -69,14 +94,28 @@ static inline void assign(bf16* p, float x) {
 
 // As if stored in T.
 static inline vf rounded(vf x, const float*) { return x; }
-static inline vf rounded(vf x, const bf16*) {
-  bf16 bits[MJK_LANES];
-  store(bits, x);
-  return load(bits);
-}
+static inline vf rounded(vf x, const bf16*) { return (vf)(round_upper(x) & 0xffff0000); }
 
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
+// b where either is a NaN.
+static inline vf maximum(vf a, vf b) {
+#if MJK_LANES == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif MJK_LANES == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline vf minimum(vf a, vf b) {
+#if MJK_LANES == 16
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif MJK_LANES == 8
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // Halves are combined until four numbers are left: one at a time, each would wait for the one before.
 typedef float vf4 __attribute__((vector_size(16)));
