@@ -158,12 +158,16 @@ static inline float largest(vf v) {
 // e^x within 2 units in the last place for x in [-87, 88]; 0 below, the value at 88 above.
 // 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of degree 6 (Cephes, expf).
 static inline vf exponential(vf x) {
-  vi tiny = x < -87.0f;
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
+  const vi tiny = x < -87.0f;
+  x = minimum(splat(88.0f), x);
+#if MJK_LANES == 16
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+#else
+  x = maximum(splat(-87.0f), x);
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  vf n = (x * 1.44269504088896341f + shift) - shift;
-  vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const vf n = (x * 1.44269504088896341f + shift) - shift;
+#endif
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -171,8 +175,22 @@ static inline vf exponential(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+#if MJK_LANES == 16
+  return select(tiny, vf{}, (vf)_mm512_scalef_ps((__m512)p, (__m512)n));
+#else
+  const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
   return select(tiny, vf{}, p * (vf)exponent);
+#endif
+}
+
+// 1 / x within 2 units in the last place where that is a normal number; a division holds up what multiplies.
+static inline vf reciprocal(vf x) {
+#if MJK_LANES == 16
+  const vf near = (vf)_mm512_rcp14_ps((__m512)x);
+  return near + near * (1.0f - x * near);
+#else
+  return 1.0f / x;
+#endif
 }
 
 namespace {
@@ -180,6 +198,57 @@ namespace {
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The first `left` elements of a vector, then zeros.
+inline vf first_part(vf v, int64_t left) {
+  if (left >= MJK_LANES) return v;
+  vi place;
+  for (int i = 0; i < MJK_LANES; ++i) place[i] = i;
+  return select(place < (int32_t)left, v, vf{});
+}
+
+// A vector of which `left` elements are there; the rest are zeros, and are not written.
+#if MJK_LANES == 16
+inline vf load_part(const float* p, int64_t left) {
+  return left >= MJK_LANES ? load(p) : (vf)_mm512_maskz_loadu_ps((__mmask16)((1 << left) - 1), p);
+}
+inline vf load_part(const bf16* p, int64_t left) {
+  if (left >= MJK_LANES) return load(p);
+  return (vf)(widen((vh)_mm256_maskz_loadu_epi16((__mmask16)((1 << left) - 1), p)) << 16);
+}
+inline void store_part(float* p, vf v, int64_t left) {
+  if (left >= MJK_LANES) return store(p, v);
+  _mm512_mask_storeu_ps(p, (__mmask16)((1 << left) - 1), (__m512)v);
+}
+inline void store_part(bf16* p, vf v, int64_t left) {
+  if (left >= MJK_LANES) return store(p, v);
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1 << left) - 1), (__m256i)narrow(round_upper(v) >> 16));
+}
+#else
+template <class T>
+inline vf load_part(const T* p, int64_t left) {
+  if (left >= MJK_LANES) return load(p);
+  T part[MJK_LANES] = {};
+  for (int64_t i = 0; i < left; ++i) part[i] = p[i];
+  return load(part);
+}
+template <class T>
+inline void store_part(T* p, vf v, int64_t left) {
+  if (left >= MJK_LANES) return store(p, v);
+  T part[MJK_LANES];
+  store(part, v);
+  for (int64_t i = 0; i < left; ++i) p[i] = part[i];
+}
+#endif
+
+// Calls function(i, left) for each vector of `size` elements: `left` are there from i on. It is compiled for whole
+// vectors and for the last apart.
+template <class Function>
+inline void for_vectors(int64_t size, const Function& function) {
+  int64_t i = 0;
+  for (; i + MJK_LANES <= size; i += MJK_LANES) function(i, MJK_LANES);
+  if (i < size) function(i, size - i);
+}
 
 // Zeros, aligned to a cache line.
 template <class T>
