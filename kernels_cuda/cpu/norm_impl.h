@@ -5,8 +5,9 @@
 #include "launch_cpu.h"
 #include "simd.h"
 
-// For the body of for_vectors.
+// For the bodies of for_vectors and for_several.
 #define MJK_EACH [&](int64_t i, int64_t left) __attribute__((always_inline))
+#define MJK_SEVERAL [&](auto of, int64_t i, int64_t left) __attribute__((always_inline))
 
 namespace {
 
@@ -143,24 +144,27 @@ void norm_grad_rows(int64_t first, int64_t last, int64_t size, float eps, const 
     norm_grad_some<centred, 1>(size, eps, x + r * size, scale, g + r * size, dx + r * size, d_scale, d_bias);
 }
 
-inline vf sigmoid(vf x) { return reciprocal(1.0f + exponential(-x)); }
+template <class V>
+inline V sigmoid(V x) {
+  return reciprocal(1.0f + exponential(0.0f - x));
+}
 
 // out = silu(gate) * up
 template <class T>
 void silu_product(int64_t first, int64_t last, const T* gate, const T* up, T* out) {
   gate += first, up += first, out += first;
-  for_vectors(last - first, MJK_EACH {
-    const vf x = load_part(gate + i, left);
-    store_part(out + i, x * sigmoid(x) * load_part(up + i, left), left);
+  for_several(gate, last - first, MJK_SEVERAL {
+    const auto x = load_like(of, gate + i, left);
+    store_part(out + i, x * sigmoid(x) * load_like(of, up + i, left), left);
   });
 }
 
 template <class T>
 void silu_product_grad(int64_t first, int64_t last, const T* gate, const T* up, const T* g, T* d_gate, T* d_up) {
   gate += first, up += first, g += first, d_gate += first, d_up += first;
-  for_vectors(last - first, MJK_EACH {
-    const vf x = load_part(gate + i, left), y = load_part(up + i, left), outer = load_part(g + i, left);
-    const vf s = sigmoid(x);
+  for_several(gate, last - first, MJK_SEVERAL {
+    const auto x = load_like(of, gate + i, left), y = load_like(of, up + i, left), outer = load_like(of, g + i, left);
+    const auto s = sigmoid(x);
     store_part(d_up + i, outer * x * s, left);
     store_part(d_gate + i, outer * y * s * (1.0f + x * (1.0f - s)), left);
   });
@@ -172,9 +176,9 @@ void swiglu_rows(int64_t first, int64_t last, int64_t width, const T* gate_up, c
   for (int64_t r = first; r < last; ++r) {
     const T *gate = gate_up + r * 2 * width, *up = gate + width;
     const float factor = scale ? scale[r] : 1.0f;
-    for_vectors(width, MJK_EACH {
-      const vf x = load_part(gate + i, left);
-      store_part(out + r * width + i, x * sigmoid(x) * load_part(up + i, left) * factor, left);
+    for_several(gate, width, MJK_SEVERAL {
+      const auto x = load_like(of, gate + i, left);
+      store_part(out + r * width + i, x * sigmoid(x) * load_like(of, up + i, left) * factor, left);
     });
   }
 }
@@ -187,27 +191,27 @@ void swiglu_grad_rows(int64_t first, int64_t last, int64_t width, const T* gate_
     T *d_gate = d_gate_up + r * 2 * width, *d_up = d_gate + width;
     const float factor = scale ? scale[r] : 1.0f;
     vf total = {};
-    for_vectors(width, MJK_EACH {
-      const vf x = load_part(gate + i, left), y = load_part(up + i, left), outer = load_part(g + r * width + i, left);
-      const vf s = sigmoid(x), scaled = outer * factor;
+    for_several(gate, width, MJK_SEVERAL {
+      const auto x = load_like(of, gate + i, left), y = load_like(of, up + i, left), outer = load_like(of, g + r * width + i, left);
+      const auto s = sigmoid(x), scaled = outer * factor;
       store_part(d_gate + i, scaled * y * s * (1.0f + x * (1.0f - s)), left);
       store_part(d_up + i, scaled * x * s, left);
-      total += outer * x * s * y;
+      total += joined(outer * x * s * y);
     });
     if (d_scale) d_scale[r] = sum(total);
   }
 }
 
-// gelu(x) by tanh is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
-constexpr float kGelu = 1.5957691216057308f, kCubic = 0.044715f;
+// gelu(x) by tanh is x sigmoid(2 u), 2 u = x (kGelu + kCubic x^2) = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+constexpr float kGelu = 1.5957691216057308f, kCubic = 0.044715f * kGelu;
 
 // y = gelu(x + bias) on rows of `size`
 template <class T>
 void bias_gelu_rows(int64_t first, int64_t last, int64_t size, const T* x, const T* bias, T* y) {
-  for (int64_t r = first; r < last; ++r) for_vectors(size, MJK_EACH {
+  for (int64_t r = first; r < last; ++r) for_several(x, size, MJK_SEVERAL {
       const int64_t at = r * size + i;
-      const vf z = rounded(load_part(x + at, left) + load_part(bias + i, left), x);
-      store_part(y + at, z * sigmoid(kGelu * (z + kCubic * z * z * z)), left);
+      const auto z = rounded(load_like(of, x + at, left) + load_like(of, bias + i, left), x);
+      store_part(y + at, z * sigmoid(z * (kCubic * (z * z) + kGelu)), left);
     });
 }
 
@@ -215,14 +219,14 @@ void bias_gelu_rows(int64_t first, int64_t last, int64_t size, const T* x, const
 template <class T>
 void bias_gelu_grad_rows(int64_t first, int64_t last, int64_t size, const T* x, const T* bias, const T* g, T* dx,
                          float* d_bias) {
-  for (int64_t r = first; r < last; ++r) for_vectors(size, MJK_EACH {
+  for (int64_t r = first; r < last; ++r) for_several(x, size, MJK_SEVERAL {
       const int64_t at = r * size + i;
-      const vf z = rounded(load_part(x + at, left) + load_part(bias + i, left), x);
-      const vf s = sigmoid(kGelu * (z + kCubic * z * z * z));
-      const vf slope = s + z * s * (1.0f - s) * kGelu * (1.0f + 3.0f * kCubic * z * z);
-      const vf d = load_part(g + at, left) * slope;
+      const auto z = rounded(load_like(of, x + at, left) + load_like(of, bias + i, left), x);
+      const auto s = sigmoid(z * (kCubic * (z * z) + kGelu));
+      const auto slope = s + z * s * (1.0f - s) * (3.0f * kCubic * (z * z) + kGelu);
+      const auto d = load_like(of, g + at, left) * slope;
       store_part(dx + at, d, left);
-      store(d_bias + i, load(d_bias + i) + d);
+      store_part(d_bias + i, load_like(of, d_bias + i, MJK_LANES) + d, MJK_LANES);
     });
 }
 
@@ -245,5 +249,6 @@ void rope_rows(int64_t first, int64_t last, int64_t heads, int64_t dim, float si
 }
 
 #undef MJK_EACH
+#undef MJK_SEVERAL
 
 }  // namespace
