@@ -320,12 +320,12 @@ inline void store_part(T* p, Pair<V> v, int64_t left) {
   store_part(p, v.a, left), store_part(p + sizeof(V) / sizeof(float), v.b, left);
 }
 
-// As many vectors as are two lines of cache, with AVX-512: with more, what is read next is fetched late.
-inline Pair<vf> several(const float*) { return Pair<vf>(); }
+// Of float32 one: several lines of cache at a time are several times as many streams, which took longer to read.
+inline vf several(const float*) { return vf(); }
 inline Pair<Pair<vf>> several(const bf16*) { return Pair<Pair<vf>>(); }
 
-// Calls function(of, i, left) for several vectors of `size` elements of T, and at the end for single ones: `of` is of
-// the type that holds them.
+// Calls function(of, i, left) for some vectors of `size` elements of T at a time, of the type of `of`, and at the end for
+// single ones.
 template <class T, class Function>
 inline void for_several(const T* like, int64_t size, const Function& function) {
   const auto of = several(like);
