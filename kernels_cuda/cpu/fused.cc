@@ -223,22 +223,26 @@ int mjk_swiglu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, 
   return MJK_OK;
 }
 
-int mjk_bias_gelu(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias, void* y) {
+int mjk_bias_gelu(void* stream, mjk_dtype x_dtype, mjk_dtype dtype, int32_t exact, int64_t rows, int64_t size,
+                  const void* x, const void* bias, void* y, void* z) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, Parts(rows, 1, size),
-                [&](int64_t, int64_t first, int64_t last) { kernels->bias_gelu(first, last, size, x, bias, y); });
+  if (x_dtype != dtype && x_dtype != MJK_F32)
+    return fail(MJK_UNSUPPORTED, "gelu: x of dtype %d for a result of dtype %d", int(x_dtype), int(dtype));
+  for_each_part(stream, Parts(rows, 1, size), [&](int64_t, int64_t first, int64_t last) {
+    kernels->bias_gelu(exact, x_dtype == MJK_F32, first, last, size, x, bias, y, z);
+  });
   return MJK_OK;
 }
 
-int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias,
-                       const void* g, void* dx, float* d_bias) {
+int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int32_t exact, int64_t rows, int64_t size, const void* x,
+                       const void* bias, const void* g, void* dx, float* d_bias) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
   const Parts parts(rows, 1, size);
   PartialSums sums(parts, size);
   for_each_part(stream, parts, [&](int64_t part, int64_t first, int64_t last) {
-    kernels->bias_gelu_grad(first, last, size, x, bias, g, dx, sums.row(part));
+    kernels->bias_gelu_grad(exact, first, last, size, x, bias, g, dx, sums.row(part));
   });
   sums.add_up(d_bias);
   return MJK_OK;

@@ -163,10 +163,12 @@ static inline float largest(vf v) {
 }
 #endif
 
+static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+static inline vf where_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
 static inline vf zero_below(float bound, vf x, vf v) { return select(x < bound, vf{}, v); }
 
 // x 2^n for x and x 2^n that are normal; n is in the last bits of n_and_more.
-static inline vf times_power_of_two(vf x, vf n_and_more) { return (vf)((vi)x + ((vi)n_and_more << 23)); }
+static inline vf times_power_of_two(vf x, vf n_and_more) { return (vf)((vu)x + ((vu)n_and_more << 23)); }
 
 #if MJK_LANES == 16
 static inline vf reciprocal_estimate(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }
@@ -196,6 +198,14 @@ MJK_OPERATOR(-)
 MJK_OPERATOR(*)
 MJK_OPERATOR(/)
 #undef MJK_OPERATOR
+template <class V>
+static inline Pair<V> absolute(Pair<V> x) {
+  return {absolute(x.a), absolute(x.b)};
+}
+template <class V>
+static inline Pair<V> where_negative(Pair<V> x, Pair<V> v, Pair<V> w) {
+  return {where_negative(x.a, v.a, w.a), where_negative(x.b, v.b, w.b)};
+}
 template <class V>
 static inline Pair<V> at_most(float bound, Pair<V> x) {
   return {at_most(bound, x.a), at_most(bound, x.b)};
