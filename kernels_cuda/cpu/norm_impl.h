@@ -192,7 +192,8 @@ void swiglu_grad_rows(int64_t first, int64_t last, int64_t width, const T* gate_
     const float factor = scale ? scale[r] : 1.0f;
     vf total = {};
     for_several(gate, width, MJK_SEVERAL {
-      const auto x = load_like(of, gate + i, left), y = load_like(of, up + i, left), outer = load_like(of, g + r * width + i, left);
+      const auto x = load_like(of, gate + i, left), y = load_like(of, up + i, left);
+      const auto outer = load_like(of, g + r * width + i, left);
       const auto s = sigmoid(x), scaled = outer * factor;
       store_part(d_gate + i, scaled * y * s * (1.0f + x * (1.0f - s)), left);
       store_part(d_up + i, scaled * x * s, left);

@@ -67,10 +67,11 @@ static inline vf load(const bf16* p) {
   memcpy(&h, p, sizeof h);
   return (vf)(widen(h) << 16);
 }
+
+// rounded(x, p) is x as if stored at p, round_half what is stored.
 #ifdef __AVX512BF16__
 // To the nearest, ties to even; a NaN stays one, a subnormal becomes 0.
 static inline vh round_half(vf v) { return (vh)_mm512_cvtneps_pbh((__m512)v); }
-// As if stored in T.
 static inline vf rounded(vf x, const bf16*) { return (vf)(widen(round_half(x)) << 16); }
 #else
 // Rounded to the nearest bf16 in the upper half of each element, ties to even; a NaN stays one. The lower half is
@@ -334,8 +335,8 @@ inline void store_part(T* p, Pair<V> v, int64_t left) {
 inline vf several(const float*) { return vf(); }
 inline Pair<Pair<vf>> several(const bf16*) { return Pair<Pair<vf>>(); }
 
-// Calls function(of, i, left) for some vectors of `size` elements of T at a time, of the type of `of`, and at the end for
-// single ones.
+// Calls function(of, i, left) for several vectors of `size` elements at a time, which the type of `of` holds, and at the
+// end for single ones.
 template <class T, class Function>
 inline void for_several(const T* like, int64_t size, const Function& function) {
   const auto of = several(like);

@@ -90,9 +90,13 @@ def test_activations(size: int, dtype: Any) -> None:
     check(activation.silu_product, lambda x, y: F.silu(x) * y, [x, y], dtype)
     if dtype == jnp.float32:
         bias = normal(2, size)
-        for approximate in (True, False):
-            theirs = lambda x, b, how="tanh" if approximate else "none": F.gelu(x + b, approximate=how)  # noqa: E731
-            check(lambda x, b, how=approximate: activation.bias_gelu(x, b, how), theirs, [x, bias], dtype)
+        for ours, theirs in ((True, "tanh"), (False, "none")):
+            check(
+                lambda x, b, how=ours: activation.bias_gelu(x, b, how),
+                lambda x, b, how=theirs: F.gelu(x + b, approximate=how),
+                [x, bias],
+                dtype,
+            )
 
 
 @dtypes
@@ -114,7 +118,9 @@ def test_a_row_does_not_depend_on_those_beside_it(size: int, dtype: Any, path: s
 
 def test_exact_gelu_to_its_ends() -> None:
     """Element by element: where gelu goes to 0, 1 + erf would have lost everything."""
-    x = np.concatenate([np.linspace(-12.5, 6, 1900), 1e-3 * np.linspace(-1, 1, 85), [-3e3, -1e30, -14, 14, 3e3, 1e30, 0]])
+    x = np.concatenate(
+        [np.linspace(-12.5, 6, 1900), 1e-3 * np.linspace(-1, 1, 85), [-3e3, -1e30, -14, 14, 3e3, 1e30, 0]]
+    )
     array, zero = jnp.asarray(x, jnp.float32)[None], jnp.zeros(len(x), jnp.float32)
     value, pull = jax.vjp(lambda x: activation.bias_gelu(x, zero, approximate=False), array)
     (slope,) = pull(jnp.ones_like(value))
