@@ -101,8 +101,8 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def rms_norm_grad(x: Array, scale: Array, g: Array, eps: float) -> tuple[Array, Array]:
-    """(dx, d_scale [H] float32)"""
-    return _call("rms_norm_grad", (_like(x), _sum(scale)))(x, scale, g, eps=np.float32(eps))
+    """(dx in place of g, d_scale [H] float32)"""
+    return _call("rms_norm_grad", (_like(x), _sum(scale)), aliases={2: 0})(x, scale, g, eps=np.float32(eps))
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
@@ -111,8 +111,9 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 
 
 def layer_norm_grad(x: Array, scale: Array, g: Array, eps: float) -> tuple[Array, Array, Array]:
-    """(dx, d_scale [H] float32, d_bias [H] float32)"""
-    return _call("layer_norm_grad", (_like(x), _sum(scale), _sum(scale)))(x, scale, g, eps=np.float32(eps))
+    """(dx in place of g, d_scale [H] float32, d_bias [H] float32)"""
+    shapes = (_like(x), _sum(scale), _sum(scale))
+    return _call("layer_norm_grad", shapes, aliases={2: 0})(x, scale, g, eps=np.float32(eps))
 
 
 def silu_product(gate: Array, up: Array) -> Array:
@@ -120,23 +121,33 @@ def silu_product(gate: Array, up: Array) -> Array:
 
 
 def silu_product_grad(gate: Array, up: Array, g: Array) -> tuple[Array, Array]:
-    """(d_gate, d_up)"""
-    return _call("silu_product_grad", (_like(gate), _like(up)))(gate, up, g)
+    """(d_gate in place of g, d_up)"""
+    return _call("silu_product_grad", (_like(gate), _like(up)), aliases={2: 0})(gate, up, g)
 
 
-def bias_gelu(x: Array, bias: Array) -> Array:
-    """gelu(x + bias) by tanh, x [..., N], bias [N]."""
-    return _call("bias_gelu", _like(x))(x, bias)
+def bias_gelu(x: Array, bias: Array, exact: bool) -> Array:
+    """gelu(x + bias), by tanh unless exact, of x [..., N], float32 or of the dtype of bias [N] and of the result."""
+    return _bias_gelu(x, bias, exact, (0,))[0]
 
 
-def bias_gelu_grad(x: Array, bias: Array, g: Array) -> tuple[Array, Array]:
-    """(dx, d_bias [N] float32)"""
-    return _call("bias_gelu_grad", (_like(x), _sum(bias)))(x, bias, g)
+def bias_gelu_and_sum(x: Array, bias: Array, exact: bool) -> tuple[Array, Array]:
+    """(bias_gelu, x + bias in the dtype of the bias)"""
+    return _bias_gelu(x, bias, exact, x.shape)
+
+
+def _bias_gelu(x: Array, bias: Array, exact: bool, shape_of_sum: tuple[int, ...]) -> tuple[Array, Array]:
+    shapes = tuple(jax.ShapeDtypeStruct(shape, bias.dtype) for shape in (x.shape, shape_of_sum))
+    return _call("bias_gelu", shapes)(x, bias, exact=exact)
+
+
+def bias_gelu_grad(x: Array, bias: Array, g: Array, exact: bool) -> tuple[Array, Array]:
+    """(dx in place of g, d_bias [N] float32)"""
+    return _call("bias_gelu_grad", (_like(x), _sum(bias)), aliases={2: 0})(x, bias, g, exact=exact)
 
 
 def rope(x: Array, cos: Array, sin: Array, sign: float) -> Array:
-    """x [B, T, N, D] turned by cos, sin [B, T, D / 2]; sign -1 turns back."""
-    return _call("rope", _like(x))(x, cos, sin, sign=np.float32(sign))
+    """x [B, T, N, D] turned by cos, sin [B, T, D / 2], in place; sign -1 turns back."""
+    return _call("rope", _like(x), aliases={0: 0})(x, cos, sin, sign=np.float32(sign))
 
 
 def _call(name: str, shapes: Any, aliases: dict[int, int] | None = None) -> Any:

@@ -249,9 +249,16 @@ void elementwise(void* pool, mjk_dtype type, int64_t rows, int64_t size) {
                                   d_scale.get(), d_bias.get()));
     finite("norm, dx", dx), finite("norm, d_scale", d_scale);
   }
-  ok("gelu", mjk_bias_gelu(pool, type, rows, size, x.get(), bias.get(), y.get()));
-  ok("gelu_grad", mjk_bias_gelu_grad(pool, type, rows, size, x.get(), bias.get(), g.get(), dx.get(), d_bias.get()));
-  finite("gelu", y), finite("gelu, dx", dx), finite("gelu, d_bias", d_bias);
+  Guarded<float> wide(x.size());
+  fill(wide, wide.size());
+  for (int32_t exact : {0, 1}) {
+    ok("gelu", mjk_bias_gelu(pool, type, type, exact, rows, size, x.get(), bias.get(), y.get(), nullptr));
+    ok("gelu_grad",
+       mjk_bias_gelu_grad(pool, type, exact, rows, size, x.get(), bias.get(), g.get(), dx.get(), d_bias.get()));
+    finite("gelu", y), finite("gelu, dx", dx), finite("gelu, d_bias", d_bias);
+    ok("wide gelu", mjk_bias_gelu(pool, MJK_F32, type, exact, rows, size, wide.get(), bias.get(), y.get(), dy.get()));
+    finite("wide gelu", y), finite("wide gelu, sum", dy);
+  }
   ok("silu", mjk_silu_product(pool, type, rows * size, x.get(), g.get(), y.get()));
   ok("silu_grad", mjk_silu_product_grad(pool, type, rows * size, x.get(), g.get(), g.get(), dx.get(), dy.get()));
   finite("silu", y), finite("silu, d_gate", dx), finite("silu, d_up", dy);

@@ -17,6 +17,9 @@ extern const FusedIsa kFusedAvx2;
 #ifdef MINDJAX_AVX512F
 extern const FusedIsa kFusedAvx512F;
 #endif
+#ifdef MINDJAX_AVX512_BF16
+extern const FusedIsa kFusedAvx512Bf16;
+#endif
 
 namespace {
 
@@ -27,7 +30,10 @@ const FusedIsa& fused_isa() {
   if (!std::strcmp(name, "avx2")) return kFusedAvx2;
 #endif
 #ifdef MINDJAX_AVX512F
-  return kFusedAvx512F;
+  if (!std::strcmp(name, "avx512f")) return kFusedAvx512F;
+#endif
+#ifdef MINDJAX_AVX512_BF16
+  return kFusedAvx512Bf16;
 #else
   return kFusedScalar;
 #endif
@@ -51,36 +57,47 @@ void for_each(void* stream, int64_t count, const Function& function) {
 // order whatever the threads.
 constexpr int64_t kParts = 64;
 constexpr int64_t kLeastElements = 16 * 1024;
+constexpr int64_t kLanes = 16;    // of the widest instruction set
+constexpr int64_t kRows = 4;    // that are normalised together
 
-// Runs function(part, first, last) on parts of [0, count), whole multiples of `unit`, of `elements` numbers each.
+struct Parts {
+  int64_t count, size, number;
+
+  // Of [0, count), whole multiples of `unit`, of `elements` numbers each.
+  Parts(int64_t count, int64_t unit, int64_t elements) : count(count) {
+    const int64_t least = (kLeastElements / elements + unit) / unit * unit;
+    const int64_t even = ((count + kParts - 1) / kParts + unit - 1) / unit * unit;
+    size = even > least ? even : least;
+    number = (count + size - 1) / size;
+  }
+};
+
+// Runs function(part, first, last) on each part.
 template <class Function>
-void for_each_part(void* stream, int64_t count, int64_t unit, int64_t elements, const Function& function) {
-  const int64_t least = (kLeastElements / elements + unit) / unit * unit;
-  const int64_t even = ((count + kParts - 1) / kParts + unit - 1) / unit * unit;
-  const int64_t size = even > least ? even : least;
-  for_each(stream, (count + size - 1) / size, [&](int64_t part) {
-    const int64_t first = part * size, last = first + size < count ? first + size : count;
+void for_each_part(void* stream, const Parts& parts, const Function& function) {
+  for_each(stream, parts.number, [&](int64_t part) {
+    const int64_t first = part * parts.size, last = first + parts.size < parts.count ? first + parts.size : parts.count;
     function(part, first, last);
   });
 }
 
-// Sums over parts of what each part wrote in its row of `size` numbers.
+// Sums over parts of what each part adds to its row of `size` numbers, which ends with a whole vector.
 class PartialSums {
  public:
-  explicit PartialSums(int64_t size) : size_(size), sums_(size_t(kParts * size)) {}
-  float* row(int64_t part) { return &sums_[size_t(part * size_)]; }
-  void add_up(float* total) const {
+  PartialSums(const Parts& parts, int64_t size)
+      : parts_(parts.number), size_(size), stride_((size + kLanes - 1) / kLanes * kLanes),
+        sums_(size_t(parts_ * stride_)) {}
+  float* row(int64_t part) { return &sums_[size_t(part * stride_)]; }
+  void add_up(float* total) {
     for (int64_t i = 0; i < size_; ++i) total[i] = 0;
-    for (int64_t part = 0; part < kParts; ++part)
-      for (int64_t i = 0; i < size_; ++i) total[i] += sums_[size_t(part * size_ + i)];
+    for (int64_t part = 0; part < parts_; ++part)
+      for (int64_t i = 0; i < size_; ++i) total[i] += row(part)[i];
   }
 
  private:
-  int64_t size_;
+  int64_t parts_, size_, stride_;
   std::vector<float> sums_;
 };
-
-constexpr int64_t kLanes = 16;  // of the widest instruction set
 
 int check(const mjk_attention_shape& shape) {
   if (shape.kv_heads < 1 || shape.heads % shape.kv_heads || shape.dim < 1)
@@ -134,7 +151,7 @@ int mjk_decode_attention(void* stream, mjk_dtype dtype, const mjk_decode_shape* 
       return fail(MJK_INVALID_ARGUMENT, "decoding: row %lld is of prompt %d of %lld", (long long)row, int(prompt[row]),
                   (long long)shape->prompts);
   const int64_t work = shape->heads / shape->kv_heads * shape->dim * (shape->keys + *step + 1);
-  for_each_part(stream, shape->rows * shape->kv_heads, 1, work,
+  for_each_part(stream, Parts(shape->rows * shape->kv_heads, 1, work),
                 [&](int64_t, int64_t first, int64_t last) {
                   for (int64_t i = first; i < last; ++i)
                     kernels->decode(*shape, q, k, v, prompt_k, prompt_v, own_k, own_v, segments, prompt, *layer,
@@ -147,7 +164,7 @@ int mjk_norm(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64
              const void* scale, const void* bias, void* y) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, rows, 1, size, [&](int64_t, int64_t first, int64_t last) {
+  for_each_part(stream, Parts(rows, kRows, size), [&](int64_t, int64_t first, int64_t last) {
     kernels->norm(centred, first, last, size, eps, x, scale, bias, y);
   });
   return MJK_OK;
@@ -157,8 +174,9 @@ int mjk_norm_grad(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, 
                   const void* scale, const void* g, void* dx, float* d_scale, float* d_bias) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  PartialSums scale_sums(size), bias_sums(centred ? size : 0);
-  for_each_part(stream, rows, 1, size, [&](int64_t part, int64_t first, int64_t last) {
+  const Parts parts(rows, kRows, size);
+  PartialSums scale_sums(parts, size), bias_sums(parts, centred ? size : 0);
+  for_each_part(stream, parts, [&](int64_t part, int64_t first, int64_t last) {
     kernels->norm_grad(centred, first, last, size, eps, x, scale, g, dx, scale_sums.row(part),
                        centred ? bias_sums.row(part) : nullptr);
   });
@@ -170,7 +188,7 @@ int mjk_norm_grad(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, 
 int mjk_silu_product(void* stream, mjk_dtype dtype, int64_t count, const void* gate, const void* up, void* out) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, count, kLanes, 1,
+  for_each_part(stream, Parts(count, kLanes, 1),
                 [&](int64_t, int64_t first, int64_t last) { kernels->silu_product(first, last, gate, up, out); });
   return MJK_OK;
 }
@@ -179,7 +197,7 @@ int mjk_silu_product_grad(void* stream, mjk_dtype dtype, int64_t count, const vo
                           void* d_gate, void* d_up) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, count, kLanes, 1, [&](int64_t, int64_t first, int64_t last) {
+  for_each_part(stream, Parts(count, kLanes, 1), [&](int64_t, int64_t first, int64_t last) {
     kernels->silu_product_grad(first, last, gate, up, g, d_gate, d_up);
   });
   return MJK_OK;
@@ -189,7 +207,7 @@ int mjk_swiglu(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, const
                void* out) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, rows, 1, width, [&](int64_t, int64_t first, int64_t last) {
+  for_each_part(stream, Parts(rows, 1, width), [&](int64_t, int64_t first, int64_t last) {
     kernels->swiglu(first, last, width, gate_up, scale, out);
   });
   return MJK_OK;
@@ -199,27 +217,32 @@ int mjk_swiglu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t width, 
                     const void* d_out, void* d_gate_up, float* d_scale) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, rows, 1, width, [&](int64_t, int64_t first, int64_t last) {
+  for_each_part(stream, Parts(rows, 1, width), [&](int64_t, int64_t first, int64_t last) {
     kernels->swiglu_grad(first, last, width, gate_up, scale, d_out, d_gate_up, d_scale);
   });
   return MJK_OK;
 }
 
-int mjk_bias_gelu(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias, void* y) {
+int mjk_bias_gelu(void* stream, mjk_dtype x_dtype, mjk_dtype dtype, int32_t exact, int64_t rows, int64_t size,
+                  const void* x, const void* bias, void* y, void* z) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, rows, 1, size,
-                [&](int64_t, int64_t first, int64_t last) { kernels->bias_gelu(first, last, size, x, bias, y); });
+  if (x_dtype != dtype && x_dtype != MJK_F32)
+    return fail(MJK_UNSUPPORTED, "gelu: x of dtype %d for a result of dtype %d", int(x_dtype), int(dtype));
+  for_each_part(stream, Parts(rows, 1, size), [&](int64_t, int64_t first, int64_t last) {
+    kernels->bias_gelu(exact, x_dtype == MJK_F32, first, last, size, x, bias, y, z);
+  });
   return MJK_OK;
 }
 
-int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias,
-                       const void* g, void* dx, float* d_bias) {
+int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int32_t exact, int64_t rows, int64_t size, const void* x,
+                       const void* bias, const void* g, void* dx, float* d_bias) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  PartialSums sums(size);
-  for_each_part(stream, rows, 1, size, [&](int64_t part, int64_t first, int64_t last) {
-    kernels->bias_gelu_grad(first, last, size, x, bias, g, dx, sums.row(part));
+  const Parts parts(rows, 1, size);
+  PartialSums sums(parts, size);
+  for_each_part(stream, parts, [&](int64_t part, int64_t first, int64_t last) {
+    kernels->bias_gelu_grad(exact, first, last, size, x, bias, g, dx, sums.row(part));
   });
   sums.add_up(d_bias);
   return MJK_OK;
@@ -230,7 +253,7 @@ int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
   if (dim % 2) return fail(MJK_INVALID_ARGUMENT, "rope: the head size must be even, not %lld", (long long)dim);
-  for_each_part(stream, rows, 1, heads * dim, [&](int64_t, int64_t first, int64_t last) {
+  for_each_part(stream, Parts(rows, 1, heads * dim), [&](int64_t, int64_t first, int64_t last) {
     kernels->rope(first, last, heads, dim, sign, x, cosine, sine, y);
   });
   return MJK_OK;

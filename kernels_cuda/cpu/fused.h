@@ -25,9 +25,11 @@ struct Fused {
   void (*swiglu)(int64_t first, int64_t last, int64_t width, const void* gate_up, const float* scale, void* out);
   void (*swiglu_grad)(int64_t first, int64_t last, int64_t width, const void* gate_up, const float* scale,
                       const void* g, void* d_gate_up, float* d_scale);
-  void (*bias_gelu)(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, void* y);
-  void (*bias_gelu_grad)(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, const void* g,
-                         void* dx, float* d_bias);
+  // wide: x is float32
+  void (*bias_gelu)(bool exact, bool wide, int64_t first, int64_t last, int64_t size, const void* x, const void* bias,
+                    void* y, void* z);
+  void (*bias_gelu_grad)(bool exact, int64_t first, int64_t last, int64_t size, const void* x, const void* bias,
+                         const void* g, void* dx, float* d_bias);
   void (*rope)(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x, const float* cosine,
                const float* sine, void* y);
 };

@@ -108,16 +108,19 @@ ffi::Error silu_product_grad(ffi::ThreadPool threads, AnyBuffer gate, AnyBuffer 
                                       d_up->untyped_data()));
 }
 
-ffi::Error bias_gelu(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer bias, Result<AnyBuffer> y) {
+// z without elements is not written.
+ffi::Error bias_gelu(ffi::ThreadPool threads, bool exact, AnyBuffer x, AnyBuffer bias, Result<AnyBuffer> y,
+                     Result<AnyBuffer> z) {
   mindjax::Stream stream(threads);
-  return answer(mjk_bias_gelu(stream.get(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(), bias.untyped_data(),
-                              y->untyped_data()));
+  return answer(mjk_bias_gelu(stream.get(), dtype_of(x), dtype_of(bias), exact, rows_of(x), last_of(x),
+                              x.untyped_data(), bias.untyped_data(), y->untyped_data(),
+                              z->element_count() ? z->untyped_data() : nullptr));
 }
 
-ffi::Error bias_gelu_grad(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer bias, AnyBuffer g, Result<AnyBuffer> dx,
+ffi::Error bias_gelu_grad(ffi::ThreadPool threads, bool exact, AnyBuffer x, AnyBuffer bias, AnyBuffer g, Result<AnyBuffer> dx,
                           Result<Floats> d_bias) {
   mindjax::Stream stream(threads);
-  return answer(mjk_bias_gelu_grad(stream.get(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(),
+  return answer(mjk_bias_gelu_grad(stream.get(), dtype_of(x), exact, rows_of(x), last_of(x), x.untyped_data(),
                                    bias.untyped_data(), g.untyped_data(), dx->untyped_data(), d_bias->typed_data()));
 }
 
@@ -149,6 +152,6 @@ MJK_FUSED(layer_norm, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_ANY MJK_OUT);
 MJK_FUSED(layer_norm_grad, .Attr<float>("eps") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM MJK_SUM);
 MJK_FUSED(silu_product, MJK_ANY MJK_ANY MJK_OUT);
 MJK_FUSED(silu_product_grad, MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
-MJK_FUSED(bias_gelu, MJK_ANY MJK_ANY MJK_OUT);
-MJK_FUSED(bias_gelu_grad, MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);
+MJK_FUSED(bias_gelu, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
+MJK_FUSED(bias_gelu_grad, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);
 MJK_FUSED(rope, .Attr<float>("sign") MJK_ANY.Arg<Floats>().Arg<Floats>() MJK_OUT);

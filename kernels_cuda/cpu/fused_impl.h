@@ -57,12 +57,21 @@ struct Typed {
                           const void* g, void* d_gate_up, float* d_scale) {
     swiglu_grad_rows(first, last, width, in(gate_up), scale, in(g), out(d_gate_up), d_scale);
   }
-  static void gelu(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, void* y) {
-    bias_gelu_rows(first, last, size, in(x), in(bias), out(y));
+  template <class X>
+  static void gelu_of(bool exact, int64_t first, int64_t last, int64_t size, const void* x, const void* bias, void* y,
+                      void* z) {
+    const auto rows = exact ? bias_gelu_rows<true, X, T> : bias_gelu_rows<false, X, T>;
+    rows(first, last, size, static_cast<const X*>(x), in(bias), out(y), out(z));
   }
-  static void gelu_grad(int64_t first, int64_t last, int64_t size, const void* x, const void* bias, const void* g,
-                        void* dx, float* d_bias) {
-    bias_gelu_grad_rows(first, last, size, in(x), in(bias), in(g), out(dx), d_bias);
+  static void gelu(bool exact, bool wide, int64_t first, int64_t last, int64_t size, const void* x, const void* bias,
+                   void* y, void* z) {
+    const auto of = wide ? gelu_of<float> : gelu_of<T>;
+    of(exact, first, last, size, x, bias, y, z);
+  }
+  static void gelu_grad(bool exact, int64_t first, int64_t last, int64_t size, const void* x, const void* bias,
+                        const void* g, void* dx, float* d_bias) {
+    const auto rows = exact ? bias_gelu_grad_rows<true, T> : bias_gelu_grad_rows<false, T>;
+    rows(first, last, size, in(x), in(bias), in(g), out(dx), d_bias);
   }
   static void rope(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x,
                    const float* cosine, const float* sine, void* y) {

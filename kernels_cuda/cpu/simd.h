@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define MJK_LANES 16
 #elif defined(__AVX2__)
@@ -39,17 +43,48 @@ static inline vi load_int(const int32_t* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// In one instruction, or two, of the many that compilers make of __builtin_convertvector.
+static inline vu widen(vh h) {
+#if MJK_LANES == 16
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif MJK_LANES == 8
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+static inline vh narrow(vu u) {
+#if MJK_LANES == 16
+  return (vh)_mm512_cvtepi32_epi16((__m512i)u);
+#elif MJK_LANES == 8
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+#else
+  return __builtin_convertvector(u, vh);
+#endif
+}
 static inline vf load(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(widen(h) << 16);
 }
-// To the nearest, ties to even; a NaN stays one.
+
+// rounded(x, p) is x as if stored at p, round_half what is stored.
+#ifdef __AVX512BF16__
+// To the nearest, ties to even; a NaN stays one, a subnormal becomes 0.
+static inline vh round_half(vf v) { return (vh)_mm512_cvtneps_pbh((__m512)v); }
+static inline vf rounded(vf x, const bf16*) { return (vf)(widen(round_half(x)) << 16); }
+#else
+// Rounded to the nearest bf16 in the upper half of each element, ties to even; a NaN stays one. The lower half is
+// anything.
+static inline vu round_upper(vf v) {
+  const vu u = (vu)v;
+  return v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+}
+static inline vh round_half(vf v) { return narrow(round_upper(v) >> 16); }
+static inline vf rounded(vf x, const bf16*) { return (vf)(round_upper(x) & 0xffff0000); }
+#endif
 static inline void store(bf16* p, vf v) {
-  vu u = (vu)v;
-  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vu quiet = (u >> 16) | 0x40;
-  vh h = __builtin_convertvector((vu)(v == v ? (vi)rounded : (vi)quiet), vh);
+  const vh h = round_half(v);
   memcpy(p, &h, sizeof h);
 }
 
@@ -67,16 +102,29 @@ static inline void assign(bf16* p, float x) {
   p->bits = (uint16_t)(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
 }
 
-// As if stored in T.
 static inline vf rounded(vf x, const float*) { return x; }
-static inline vf rounded(vf x, const bf16*) {
-  bf16 bits[MJK_LANES];
-  store(bits, x);
-  return load(bits);
-}
 
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
+// b where either is a NaN.
+static inline vf maximum(vf a, vf b) {
+#if MJK_LANES == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif MJK_LANES == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+// x where it is a NaN.
+static inline vf at_most(float bound, vf x) {
+#if MJK_LANES == 16
+  return (vf)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif MJK_LANES == 8
+  return (vf)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+  return x > bound ? splat(bound) : x;
+#endif
+}
 
 // Halves are combined until four numbers are left: one at a time, each would wait for the one before.
 typedef float vf4 __attribute__((vector_size(16)));
@@ -116,24 +164,100 @@ static inline float largest(vf v) {
 }
 #endif
 
+static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+static inline vf where_negative(vf x, vf a, vf b) { return select(x < 0.0f, a, b); }
+static inline vf zero_below(float bound, vf x, vf v) { return select(x < bound, vf{}, v); }
+
+// x 2^n for x and x 2^n that are normal; n is in the last bits of n_and_more.
+static inline vf times_power_of_two(vf x, vf n_and_more) { return (vf)((vu)x + ((vu)n_and_more << 23)); }
+
+#if MJK_LANES == 16
+static inline vf reciprocal_estimate(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }
+#endif
+
+// Two vectors, or two of these, for chains of operations that leave a processor waiting: it does not look far enough
+// ahead to find the next vector's.
+template <class V>
+struct Pair {
+  V a, b;
+};
+#define MJK_OPERATOR(op)                                                          \
+  template <class V>                                                              \
+  static inline Pair<V> operator op(Pair<V> x, Pair<V> y) {                       \
+    return {x.a op y.a, x.b op y.b};                                              \
+  }                                                                               \
+  template <class V>                                                              \
+  static inline Pair<V> operator op(Pair<V> x, float y) {                         \
+    return {x.a op y, x.b op y};                                                  \
+  }                                                                               \
+  template <class V>                                                              \
+  static inline Pair<V> operator op(float x, Pair<V> y) {                         \
+    return {x op y.a, x op y.b};                                                  \
+  }
+MJK_OPERATOR(+)
+MJK_OPERATOR(-)
+MJK_OPERATOR(*)
+MJK_OPERATOR(/)
+#undef MJK_OPERATOR
+template <class V>
+static inline Pair<V> absolute(Pair<V> x) {
+  return {absolute(x.a), absolute(x.b)};
+}
+template <class V>
+static inline Pair<V> where_negative(Pair<V> x, Pair<V> v, Pair<V> w) {
+  return {where_negative(x.a, v.a, w.a), where_negative(x.b, v.b, w.b)};
+}
+template <class V>
+static inline Pair<V> at_most(float bound, Pair<V> x) {
+  return {at_most(bound, x.a), at_most(bound, x.b)};
+}
+template <class V>
+static inline Pair<V> zero_below(float bound, Pair<V> x, Pair<V> v) {
+  return {zero_below(bound, x.a, v.a), zero_below(bound, x.b, v.b)};
+}
+template <class V>
+static inline Pair<V> times_power_of_two(Pair<V> x, Pair<V> n_and_more) {
+  return {times_power_of_two(x.a, n_and_more.a), times_power_of_two(x.b, n_and_more.b)};
+}
+template <class V>
+static inline Pair<V> reciprocal_estimate(Pair<V> x) {
+  return {reciprocal_estimate(x.a), reciprocal_estimate(x.b)};
+}
+template <class V, class T>
+static inline Pair<V> rounded(Pair<V> x, const T* p) {
+  return {rounded(x.a, p), rounded(x.b, p)};
+}
+static inline vf joined(vf x) { return x; }
+template <class V>
+static inline vf joined(Pair<V> x) {
+  return joined(x.a + x.b);
+}
+
+// 1 / x within 2 units in the last place where that is a normal number; AVX-512 need not wait for a division.
+template <class V>
+static inline V reciprocal(V x) {
+#if MJK_LANES == 16
+  const V near = reciprocal_estimate(x);
+  return near + near * (1.0f - x * near);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // e^x within 2 units in the last place for x in [-87, 88]; 0 below, the value at 88 above.
-// 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of degree 6 (Cephes, expf).
-static inline vf exponential(vf x) {
-  vi tiny = x < -87.0f;
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
+// 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of the relative error (2e-9).
+template <class V>
+static inline V exponential(V x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  vf n = (x * 1.44269504088896341f + shift) - shift;
-  vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-  return select(tiny, vf{}, p * (vf)exponent);
+  const V bounded = at_most(88.0f, x), shifted = bounded * 1.44269504088896341f + shift, n = shifted - shift;
+  const V r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = r * 1.3843607e-3f + 8.3741955e-3f;
+  p = p * r + 4.1668005e-2f;
+  p = p * r + 1.6666430e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return zero_below(-87.0f, x, times_power_of_two(p, shifted));
 }
 
 namespace {
@@ -141,6 +265,86 @@ namespace {
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The first `left` elements of a vector, then zeros.
+inline vf first_part(vf v, int64_t left) {
+  if (left >= MJK_LANES) return v;
+  vi place;
+  for (int i = 0; i < MJK_LANES; ++i) place[i] = i;
+  return select(place < (int32_t)left, v, vf{});
+}
+
+// A vector of which `left` elements are there; the rest are zeros, and are not written.
+#if MJK_LANES == 16
+inline vf load_part(const float* p, int64_t left) {
+  return left >= MJK_LANES ? load(p) : (vf)_mm512_maskz_loadu_ps((__mmask16)((1 << left) - 1), p);
+}
+inline vf load_part(const bf16* p, int64_t left) {
+  if (left >= MJK_LANES) return load(p);
+  return (vf)(widen((vh)_mm256_maskz_loadu_epi16((__mmask16)((1 << left) - 1), p)) << 16);
+}
+inline void store_part(float* p, vf v, int64_t left) {
+  if (left >= MJK_LANES) return store(p, v);
+  _mm512_mask_storeu_ps(p, (__mmask16)((1 << left) - 1), (__m512)v);
+}
+inline void store_part(bf16* p, vf v, int64_t left) {
+  if (left >= MJK_LANES) return store(p, v);
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1 << left) - 1), (__m256i)round_half(v));
+}
+#else
+template <class T>
+inline vf load_part(const T* p, int64_t left) {
+  if (left >= MJK_LANES) return load(p);
+  T part[MJK_LANES] = {};
+  for (int64_t i = 0; i < left; ++i) part[i] = p[i];
+  return load(part);
+}
+template <class T>
+inline void store_part(T* p, vf v, int64_t left) {
+  if (left >= MJK_LANES) return store(p, v);
+  T part[MJK_LANES];
+  store(part, v);
+  for (int64_t i = 0; i < left; ++i) p[i] = part[i];
+}
+#endif
+
+// Calls function(i, left) for each vector of `size` elements: `left` are there from i on. It is compiled for whole
+// vectors and for the last apart.
+template <class Function>
+inline void for_vectors(int64_t size, const Function& function) {
+  int64_t i = 0;
+  for (; i + MJK_LANES <= size; i += MJK_LANES) function(i, MJK_LANES);
+  if (i < size) function(i, size - i);
+}
+
+// As load_part and store_part; a Pair is all there.
+template <class T>
+inline vf load_like(vf, const T* p, int64_t left) {
+  return load_part(p, left);
+}
+template <class V, class T>
+inline Pair<V> load_like(Pair<V> of, const T* p, int64_t left) {
+  return {load_like(of.a, p, left), load_like(of.b, p + sizeof(V) / sizeof(float), left)};
+}
+template <class V, class T>
+inline void store_part(T* p, Pair<V> v, int64_t left) {
+  store_part(p, v.a, left), store_part(p + sizeof(V) / sizeof(float), v.b, left);
+}
+
+// Of float32 one: several lines of cache at a time are several times as many streams, which took longer to read.
+inline vf several(const float*) { return vf(); }
+inline Pair<Pair<vf>> several(const bf16*) { return Pair<Pair<vf>>(); }
+
+// Calls function(of, i, left) for several vectors of `size` elements at a time, which the type of `of` holds, and at the
+// end for single ones.
+template <class T, class Function>
+inline void for_several(const T* like, int64_t size, const Function& function) {
+  const auto of = several(like);
+  const int64_t step = sizeof of / sizeof(float);
+  int64_t i = 0;
+  for (; i + step <= size; i += step) function(of, i, step);
+  for (; i < size; i += MJK_LANES) function(vf{}, i, size - i);
+}
 
 // Zeros, aligned to a cache line.
 template <class T>

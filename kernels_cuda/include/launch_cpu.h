@@ -43,22 +43,24 @@ MJK_API int mjk_decode_attention(void* stream, mjk_dtype dtype, const mjk_decode
 // the scale), or LayerNorm with bias (centred != 0); eps is added to the mean square.
 MJK_API int mjk_norm(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64_t size, float eps, const void* x,
                      const void* scale, const void* bias, void* y);
-// dx, and float32 d_scale[size] and (where centred) d_bias[size].
+// dx, which may be g, and float32 d_scale[size] and (where centred) d_bias[size].
 MJK_API int mjk_norm_grad(void* stream, mjk_dtype dtype, int32_t centred, int64_t rows, int64_t size, float eps,
                           const void* x, const void* scale, const void* g, void* dx, float* d_scale, float* d_bias);
 
-// out = silu(gate) * up, `count` elements each, and its gradients.
+// out = silu(gate) * up, `count` elements each, and its gradients; d_gate may be g.
 MJK_API int mjk_silu_product(void* stream, mjk_dtype dtype, int64_t count, const void* gate, const void* up, void* out);
 MJK_API int mjk_silu_product_grad(void* stream, mjk_dtype dtype, int64_t count, const void* gate, const void* up,
                                   const void* g, void* d_gate, void* d_up);
 
-// y = gelu(x + bias) by tanh, x[rows, size] and bias[size]; the gradients are dx and float32 d_bias.
-MJK_API int mjk_bias_gelu(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias,
-                          void* y);
-MJK_API int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, const void* bias,
-                               const void* g, void* dx, float* d_bias);
+// y = gelu(z) of z = x + bias rounded to the dtype, by tanh or exactly (exact != 0); x[rows, size] of x_dtype, which is
+// the dtype or float32, and bias[size]. Writes z too where it is not NULL.
+MJK_API int mjk_bias_gelu(void* stream, mjk_dtype x_dtype, mjk_dtype dtype, int32_t exact, int64_t rows, int64_t size,
+                          const void* x, const void* bias, void* y, void* z);
+// dx, which may be g, and float32 d_bias, for x of the dtype.
+MJK_API int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int32_t exact, int64_t rows, int64_t size, const void* x,
+                               const void* bias, const void* g, void* dx, float* d_bias);
 
-// Rotates the pairs (i, i + dim / 2) of x[rows, heads, dim] by cos, sin[rows, dim / 2]; sign -1 turns back.
+// Rotates the pairs (i, i + dim / 2) of x[rows, heads, dim] by cos, sin[rows, dim / 2]; sign -1 turns back. y may be x.
 MJK_API int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t dim, float sign, const void* x,
                      const float* cosine, const float* sine, void* y);
 

@@ -199,7 +199,8 @@ def _linear(p: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def _merge(p: dict[str, Any], x: jax.Array) -> jax.Array:
-    return _linear(p["fc2"], jax.nn.gelu(_linear(p["fc1"], x), approximate=False))
+    hidden = matmul(x, p["fc1"]["kernel"], dtype=jnp.float32)
+    return _linear(p["fc2"], bias_gelu(hidden, p["fc1"]["bias"], approximate=False))
 
 
 def _position_embedding(table: jax.Array, coordinates: jax.Array, config: VisionConfig) -> jax.Array:

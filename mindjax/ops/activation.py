@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -56,29 +58,42 @@ def _swiglu_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array
 swiglu.defvjp(lambda gate_up, scale: (swiglu(gate_up, scale), (gate_up, scale)), _swiglu_backward)
 
 
-@jax.custom_vjp
-def bias_gelu(x: Array, bias: Array) -> Array:
-    """gelu(x + bias), approximated by tanh, on x [..., N] and bias [N]."""
-    return on_cpu(jax_fused.bias_gelu, _bias_gelu, x, bias)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bias_gelu(x: Array, bias: Array, approximate: bool = True) -> Array:
+    """gelu(x + bias), approximated by tanh or exact, on x [..., N] and bias [N], in the dtype of the bias.
+
+    The sum has that dtype too. x may be float32 all the same: a product that is rounded with its bias, not before.
+    """
+    kernel, default = partial(jax_fused.bias_gelu, exact=not approximate), partial(_bias_gelu, approximate=approximate)
+    return on_cpu(kernel, lambda x, bias: default(x, bias)[0], x, bias)
 
 
-def _bias_gelu(x: Array, bias: Array) -> Array:
-    return _gelu(x + jnp.expand_dims(bias, tuple(range(x.ndim - 1))))
+def _bias_gelu(x: Array, bias: Array, approximate: bool) -> tuple[Array, Array]:
+    total = (x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - 1)))).astype(bias.dtype)
+    return jax.nn.gelu(total, approximate=approximate), total
 
 
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=True)
+def _bias_gelu_forward(x: Array, bias: Array, approximate: bool) -> tuple[Array, tuple[Array, Array | None]]:
+    if x.dtype == bias.dtype:
+        return bias_gelu(x, bias, approximate), (x, bias)
+    kernel = partial(jax_fused.bias_gelu_and_sum, exact=not approximate)
+    out, total = on_cpu(kernel, partial(_bias_gelu, approximate=approximate), x, bias)
+    return out, (total, None)
 
 
-def _bias_gelu_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _bias_gelu_backward(approximate: bool, saved: tuple[Array, Array | None], g: Array) -> tuple[Array, Array]:
     x, bias = saved
+    wide = bias is None
+    if bias is None:
+        bias = jnp.zeros(x.shape[-1], x.dtype)
 
     def default(x: Array, bias: Array, g: Array) -> tuple[Array, Array]:
-        (dx,) = jax.vjp(_gelu, x + jnp.expand_dims(bias, tuple(range(x.ndim - 1))))[1](g)
+        total = x + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+        (dx,) = jax.vjp(partial(jax.nn.gelu, approximate=approximate), total)[1](g)
         return dx, sum_rows(dx)
 
-    dx, d_bias = on_cpu(jax_fused.bias_gelu_grad, default, x, bias, g)
-    return dx, d_bias.astype(bias.dtype)
+    dx, d_bias = on_cpu(partial(jax_fused.bias_gelu_grad, exact=not approximate), default, x, bias, g)
+    return dx.astype(jnp.float32) if wide else dx, d_bias.astype(bias.dtype)
 
 
-bias_gelu.defvjp(lambda x, bias: (bias_gelu(x, bias), (x, bias)), _bias_gelu_backward)
+bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)

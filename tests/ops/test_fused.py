@@ -90,7 +90,65 @@ def test_activations(size: int, dtype: Any) -> None:
     check(activation.silu_product, lambda x, y: F.silu(x) * y, [x, y], dtype)
     if dtype == jnp.float32:
         bias = normal(2, size)
-        check(activation.bias_gelu, lambda x, b: F.gelu(x + b, approximate="tanh"), [x, bias], dtype)
+        for ours, theirs in ((True, "tanh"), (False, "none")):
+            check(
+                lambda x, b, how=ours: activation.bias_gelu(x, b, how),
+                lambda x, b, how=theirs: F.gelu(x + b, approximate=how),
+                [x, bias],
+                dtype,
+            )
+
+
+@dtypes
+@pytest.mark.parametrize("size", [24, 80])
+def test_a_row_does_not_depend_on_those_beside_it(size: int, dtype: Any, path: str) -> None:
+    """Kernels take several rows together, and the last ones alone."""
+    if path == "jnp":
+        return
+    x, g, scale = (jnp.asarray(normal(i, *shape), dtype) for i, shape in enumerate(((7, size), (7, size), (size,))))
+
+    def run(x: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        plain, pull = jax.vjp(lambda x: norm.rms_norm(x, scale, EPS), x)
+        centred, pull_centred = jax.vjp(lambda x: norm.layer_norm(x, scale, scale, EPS), x)
+        return plain, *pull(g), centred, *pull_centred(g)
+
+    for together, alone in zip(run(x, g), run(x[2:3], g[2:3]), strict=True):
+        np.testing.assert_array_equal(together[2:3], alone)
+
+
+def test_exact_gelu_to_its_ends() -> None:
+    """Element by element: where gelu goes to 0, 1 + erf would have lost everything."""
+    x = np.concatenate(
+        [np.linspace(-12.5, 6, 1900), 1e-3 * np.linspace(-1, 1, 85), [-3e3, -1e30, -14, 14, 3e3, 1e30, 0]]
+    )
+    array, zero = jnp.asarray(x, jnp.float32)[None], jnp.zeros(len(x), jnp.float32)
+    value, pull = jax.vjp(lambda x: activation.bias_gelu(x, zero, approximate=False), array)
+    (slope,) = pull(jnp.ones_like(value))
+    wide = torch.tensor(np.asarray(array, np.float64))
+    below = torch.special.erfc(-wide / 2**0.5) / 2
+    density = torch.exp(-(wide**2) / 2) / (2 * torch.pi) ** 0.5
+    wanted, wanted_slope = (wide * below).numpy(), (below + wide * density).numpy()
+    # x^2 / 2 in float32 is an exponent that is off by 2^-24 of itself, XLA's by several times that.
+    bound = 5e-7 + 1.2e-7 * np.minimum(x**2, 200)
+    difference = np.abs(np.asarray(value, np.float64) - wanted)
+    assert (difference <= bound * np.abs(wanted) + 1e-37).all()
+    assert (np.abs(np.asarray(slope, np.float64) - wanted_slope) <= 3e-7).all()
+
+
+@dtypes
+@pytest.mark.parametrize("approximate", [True, False])
+def test_bias_gelu_of_a_float32_product(approximate: bool, dtype: Any) -> None:
+    """The sum is rounded once: value and gradients are, to the bit, those of the rounded sum."""
+    x, bias, g = jnp.asarray(3 * normal(0, 50, 104)), jnp.asarray(normal(1, 104), dtype), normal(2, 50, 104)
+    total = (x + bias.astype(jnp.float32)).astype(dtype)
+    value, pull = jax.vjp(lambda x, b: activation.bias_gelu(x, b, approximate), x, bias)
+    wanted, pull_wanted = jax.vjp(lambda x, b: activation.bias_gelu(x, b, approximate), total, jnp.zeros_like(bias))
+    np.testing.assert_array_equal(value, wanted)
+    np.testing.assert_array_equal(activation.bias_gelu(x, bias, approximate), wanted)
+    (dx, d_bias), (dx_wanted, d_bias_wanted) = (p(jnp.asarray(g, dtype)) for p in (pull, pull_wanted))
+    assert (value.dtype, dx.dtype, d_bias.dtype) == (dtype, jnp.float32, dtype)
+    np.testing.assert_array_equal(dx, dx_wanted.astype(jnp.float32))
+    np.testing.assert_array_equal(d_bias, d_bias_wanted)
 
 
 @dtypes
@@ -106,13 +164,17 @@ def test_swiglu(size: int, dtype: Any) -> None:
     check(ours, theirs, [3 * normal(0, 133, 2 * size), normal(1, 133)], dtype)
 
 
-def test_bias_gelu_in_bfloat16() -> None:
+@pytest.mark.parametrize("approximate", [True, False])
+def test_bias_gelu_in_bfloat16(approximate: bool) -> None:
     """x + bias is rounded as a tensor of the model is: the reference starts from the rounded sum."""
     x, bias, g = (jnp.asarray(normal(i, 40, 96), jnp.bfloat16) for i in range(3))
-    value, pull = jax.vjp(activation.bias_gelu, x, bias[0])
+    value, pull = jax.vjp(lambda x, b: activation.bias_gelu(x, b, approximate), x, bias[0])
     total = torch.tensor(np.asarray(x + bias[:1], np.float64), requires_grad=True)
-    F.gelu(total, approximate="tanh").backward(torch.tensor(np.asarray(g, np.float64)))
+    wanted_value = F.gelu(total, approximate="tanh" if approximate else "none")
+    wanted_value.backward(torch.tensor(np.asarray(g, np.float64)))
     assert total.grad is not None
+    difference = np.asarray(value, np.float64) - wanted_value.detach().numpy()
+    assert np.linalg.norm(difference) < 1e-2 * np.linalg.norm(wanted_value.detach().numpy())
     for got, wanted in zip(pull(g), (total.grad.numpy(), total.grad.numpy().sum(0)), strict=True):
         assert np.linalg.norm(np.asarray(got, np.float64) - wanted) < 1e-2 * np.linalg.norm(wanted)
     assert value.dtype == jnp.bfloat16
