@@ -100,6 +100,9 @@ class Meanwhile {
     a_.next(a_lines_);
     b_.next(b_lines_);
   }
+  // For tiles that fetch it themselves.
+  const Fetch& next_a() const { return a_; }
+  bool a_transposed() const { return block_.a_transposed; }
   void store(int64_t count = Tile::kRows) {
     const int64_t rows = smaller(count, rows_);
     if (rows == 0) return;
