@@ -274,6 +274,8 @@ void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64
   }
 }
 
+constexpr int64_t kSetStride = 4096;  // bytes between lines that share a set of L1
+
 // Where a tile gets the words of its panel of B: from the packed panel ...
 struct FromPanel {
   const int32_t* at;
@@ -282,7 +284,8 @@ struct FromPanel {
   }
 };
 
-// ... fetching meanwhile what will be the next panel of A, stored across k or along it, a line or two with each word ...
+// ... fetching the next panel of A meanwhile, a line or two with each word: stored across k, its rows in turn; along k,
+// one line of each row in turn ...
 template <class S, bool kAcross>
 struct FromPanelFetching : FromPanel {
   const char* next;
@@ -300,7 +303,7 @@ struct FromPanelFetching : FromPanel {
   }
 };
 
-// ... or from B itself, of which it packs the panel on the way and fetches the part that is wanted next.
+// ... or from B itself, of which it packs the panel on the way and fetches the part that is wanted soon.
 template <class S>
 struct FromSource {
   const char *at, *ahead;
@@ -320,8 +323,14 @@ struct FromSource {
     _mm512_storeu_si512(panel + w * 32, low);
     _mm512_storeu_si512(panel + w * 32 + 16, high);
     if (k + S::kPerWord > ahead_depth) return;
-    _mm_prefetch(ahead + k * row, _MM_HINT_T0);
-    _mm_prefetch(ahead + k * row + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine), _MM_HINT_T0);
+    const char *line = ahead + k * row, *second = line + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine);
+    if (row % kSetStride == 0) {  // L1 has no room for these rows
+      _mm_prefetch(line, _MM_HINT_T1);
+      _mm_prefetch(second, _MM_HINT_T1);
+    } else {
+      _mm_prefetch(line, _MM_HINT_T0);
+      _mm_prefetch(second, _MM_HINT_T0);
+    }
   }
 
  private:
@@ -353,8 +362,11 @@ struct VectorTile {
   static Rows pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     constexpr bool kWords = S::kPerWord * sizeof(typename S::Source) == kWord;
     const int64_t stride = block.lda * (int64_t)sizeof(typename S::Source);
-    if (kWords && !block.a_transposed && rows == kRows && depth % S::kPerWord == 0 && stride % 4096 != 0)
+    if (kWords && !block.a_transposed && rows == kRows && depth % S::kPerWord == 0 && stride % kSetStride != 0)
       return {static_cast<const char*>(block.a) + m0 * stride + k0 / S::kPerWord * kWord, stride};
+    return copy_a(out, block, m0, rows, k0, depth);
+  }
+  static Rows copy_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
     return {reinterpret_cast<const char*>(out), 0};
   }
