@@ -5,6 +5,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "blocking.h"
 
 namespace mindjax {
@@ -272,6 +274,8 @@ void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64
   }
 }
 
+constexpr int64_t kSetStride = 4096;  // bytes between lines that share a set of L1
+
 // Where a tile gets the words of its panel of B: from the packed panel ...
 struct FromPanel {
   const int32_t* at;
@@ -280,7 +284,26 @@ struct FromPanel {
   }
 };
 
-// ... or from B itself, of which it packs the panel on the way and fetches the part that is wanted next.
+// ... fetching the next panel of A meanwhile, a line or two with each word: stored across k, its rows in turn; along k,
+// one line of each row in turn ...
+template <class S, bool kAcross>
+struct FromPanelFetching : FromPanel {
+  const char* next;
+  int64_t row;
+
+  FromPanelFetching(const FromPanel& panel, const Fetch& a)
+      : FromPanel(panel), next(kAcross ? a.row + a.bytes - 1 : a.row), row(a.stride) {}
+  void load(int64_t w, __m512i& low, __m512i& high) const {
+    constexpr int64_t kWord = S::kPerWord * sizeof(typename S::Source), kWords = kCacheLine / kWord;
+    FromPanel::load(w, low, high);
+    if (kAcross)
+      for (int64_t i = 0; i < S::kPerWord; ++i) _mm_prefetch(next + (w * S::kPerWord + i) * row, _MM_HINT_T0);
+    else
+      _mm_prefetch(next + (w & (kWords - 1)) * row + (w & -kWords) * kWord, _MM_HINT_T0);
+  }
+};
+
+// ... or from B itself, of which it packs the panel on the way and fetches the part that is wanted soon.
 template <class S>
 struct FromSource {
   const char *at, *ahead;
@@ -300,13 +323,25 @@ struct FromSource {
     _mm512_storeu_si512(panel + w * 32, low);
     _mm512_storeu_si512(panel + w * 32 + 16, high);
     if (k + S::kPerWord > ahead_depth) return;
-    _mm_prefetch(ahead + k * row, _MM_HINT_T0);
-    _mm_prefetch(ahead + k * row + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine), _MM_HINT_T0);
+    const char *line = ahead + k * row, *second = line + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine);
+    if (row % kSetStride == 0) {  // L1 has no room for these rows
+      _mm_prefetch(line, _MM_HINT_T1);
+      _mm_prefetch(second, _MM_HINT_T1);
+    } else {
+      _mm_prefetch(line, _MM_HINT_T0);
+      _mm_prefetch(second, _MM_HINT_T0);
+    }
   }
 
  private:
   static constexpr int64_t kSize = sizeof(typename S::Source);
 };
+
+inline __m512i broadcast_word(const char* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return _mm512_set1_epi32(word);
+}
 
 // A tile of kTileRows x 32 sums held in vector registers. Step::run adds one word of k: broadcast A by two vectors of B.
 template <class S, class Step, int64_t kTileRows>
@@ -314,11 +349,26 @@ struct VectorTile {
   using Packed = typename S::Packed;
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
                            kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedPanels = 1;
+  static constexpr int64_t kWord = 4;  // bytes
   static constexpr int64_t streamed_depth(int64_t) { return 48; }
 
-  static const Packed* pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
+  // Rows `stride` bytes apart; 0: packed.
+  struct Rows {
+    const char* data;
+    int64_t stride;
+  };
+
+  // In place where rows are made of words, but not where they would share one set of L1.
+  static Rows pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
+    constexpr bool kWords = S::kPerWord * sizeof(typename S::Source) == kWord;
+    const int64_t stride = block.lda * (int64_t)sizeof(typename S::Source);
+    if (kWords && !block.a_transposed && rows == kRows && depth % S::kPerWord == 0 && stride % kSetStride != 0)
+      return {static_cast<const char*>(block.a) + m0 * stride + k0 / S::kPerWord * kWord, stride};
+    return copy_a(out, block, m0, rows, k0, depth);
+  }
+  static Rows copy_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
-    return out;
+    return {reinterpret_cast<const char*>(out), 0};
   }
   static void pack_b(Packed* out, int64_t stride, const Block& block, int64_t k0, int64_t depth) {
     pack_columns(S(), out, stride, block, k0, depth, depth);
@@ -327,18 +377,20 @@ struct VectorTile {
     store_tile(S(), block, m0, rows, n0, columns, sums);
   }
 
-  template <int R, class B>
-  static void run(int64_t words, const int32_t* a, const B& from, float* sums, bool first) {
+  template <int R, bool kInPlace, class B>
+  static void run(int64_t words, const Rows& panel, const B& from, float* sums, bool first) {
+    const char* a = panel.data;
+    const int64_t row = kInPlace ? panel.stride : kWord, word = kInPlace ? kWord : kRows * kWord;
     __m512 c[R][2];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < 2; ++j) c[i][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * 32 + j * 16);
-    for (int64_t w = 0; w < words; ++w, a += kRows) {
+    for (int64_t w = 0; w < words; ++w, a += word) {
       __m512i b0, b1;
       from.load(w, b0, b1);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
-        const __m512i ai = _mm512_set1_epi32(a[i]);
+        const __m512i ai = broadcast_word(a + i * row);
         c[i][0] = Step::run(c[i][0], ai, b0);
         c[i][1] = Step::run(c[i][1], ai, b1);
       }
@@ -350,25 +402,29 @@ struct VectorTile {
 
   // In four sizes, so that few rows cost little.
   template <class B>
-  static void run(int64_t rows, int64_t depth, const Packed* packed, const B& from, float* sums, bool first) {
+  static void run(int64_t rows, int64_t depth, const Rows& a, const B& from, float* sums, bool first) {
     const int64_t words = (depth + S::kPerWord - 1) / S::kPerWord;
-    const auto* a = reinterpret_cast<const int32_t*>(packed);
-    if (rows > 8) return run<kRows>(words, a, from, sums, first);
-    if (rows > 6) return run<8>(words, a, from, sums, first);
-    if (rows > 3) return run<6>(words, a, from, sums, first);
-    run<3>(words, a, from, sums, first);
+    if (a.stride) return run<kRows, true>(words, a, from, sums, first);
+    if (rows > 8) return run<kRows, false>(words, a, from, sums, first);
+    if (rows > 6) return run<8, false>(words, a, from, sums, first);
+    if (rows > 3) return run<6, false>(words, a, from, sums, first);
+    run<3, false>(words, a, from, sums, first);
   }
 
-  static void multiply(int64_t rows, int64_t depth, const Packed* a, const Packed* b, float* sums, bool first,
+  static void multiply(int64_t rows, int64_t depth, const Rows& a, const Packed* b, float* sums, bool first,
                        Meanwhile<VectorTile>& meanwhile) {
     meanwhile.store();
-    run(rows, depth, a, FromPanel{reinterpret_cast<const int32_t*>(b)}, sums, first);
+    const FromPanel panel{reinterpret_cast<const int32_t*>(b)};
+    if (meanwhile.a_transposed())
+      run(rows, depth, a, FromPanelFetching<S, true>(panel, meanwhile.next_a()), sums, first);
+    else
+      run(rows, depth, a, FromPanelFetching<S, false>(panel, meanwhile.next_a()), sums, first);
   }
 
   static void stream(const Block& block, char* scratch) { stream_block<VectorTile>(block, scratch); }
   // The first tile of a column of tiles packs B into `panel`.
   static void stream_tile(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
-                     const Packed* a, Packed* panel, float* sums, bool first, const Ahead& ahead) {
+                     const Rows& a, Packed* panel, float* sums, bool first, const Ahead& ahead) {
     auto* words = reinterpret_cast<int32_t*>(panel);
     if (packs)
       run(rows, depth, a, FromSource<S>(block, k0, depth, n0, ahead, words), sums, first);

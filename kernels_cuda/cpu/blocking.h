@@ -53,7 +53,7 @@ struct StreamedLayout {
   }
 };
 
-// A part of B that is wanted next: `depth` rows from k on, the panel of columns from n on.
+// A part of B that is wanted soon: `depth` rows from k on, the panel of columns from n on.
 struct Ahead {
   int64_t depth, k, n;
 };
@@ -100,6 +100,9 @@ class Meanwhile {
     a_.next(a_lines_);
     b_.next(b_lines_);
   }
+  // For tiles that fetch it themselves.
+  const Fetch& next_a() const { return a_; }
+  bool a_transposed() const { return block_.a_transposed; }
   void store(int64_t count = Tile::kRows) {
     const int64_t rows = smaller(count, rows_);
     if (rows == 0) return;
@@ -131,10 +134,11 @@ size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
   return packed;
 }
 
-// Tile::stream for tiles that give stream_tile(block, k0, depth, n0, rows, packs, a, b, sums, first, ahead): the product of
-// few rows, for which packing B first would take as long as using it. Here memory delivers B meanwhile.
-// The first tile of a column of tiles reads B where it lies, packs it for the others and fetches what comes next. Parts
-// of k are shallow, so that the processor's prefetcher can follow their rows.
+// Tile::stream for tiles that give copy_a (pack_a, but never in place) and stream_tile(block, k0, depth, n0, rows, packs,
+// a, b, sums, first, ahead): the product of few rows, for which packing B first would take as long as using it. Here
+// memory delivers B meanwhile.
+// The first tile of a column of tiles reads B where it lies, packs it for the others and fetches what comes soon: of a
+// few rows the next panel is too soon. Parts of k are shallow, so that the processor's prefetcher can follow their rows.
 template <class Tile>
 void stream_block(const Block& block, char* scratch) {
   using Packed = typename Tile::Packed;
@@ -142,18 +146,21 @@ void stream_block(const Block& block, char* scratch) {
   Packed* a = reinterpret_cast<Packed*>(scratch);
   Packed* b = reinterpret_cast<Packed*>(scratch + layout.b);
   float* c = reinterpret_cast<float*>(scratch + layout.c);
+  const int64_t panels_ahead = layout.row_panels < 4 ? 4 / layout.row_panels : 1;
   for (int64_t k0 = 0; k0 < block.k; k0 += layout.depth) {
     const int64_t depth = smaller(layout.depth, block.k - k0), next = k0 + depth;
     const int64_t next_depth = smaller(layout.depth, block.k - next);
     const bool first = k0 == 0, last = next == block.k;
-    decltype(Tile::pack_a(a, block, 0, 0, 0, 0)) panels[(Tile::kStreamedRows + Tile::kRows - 1) / Tile::kRows];
+    decltype(Tile::copy_a(a, block, 0, 0, 0, 0)) panels[(Tile::kStreamedRows + Tile::kRows - 1) / Tile::kRows];
     for (int64_t i = 0; i < layout.row_panels; ++i) {
       const int64_t m0 = i * Tile::kRows;
-      panels[i] = Tile::pack_a(a + i * layout.a_stride, block, m0, smaller(Tile::kRows, block.m - m0), k0, depth);
+      panels[i] = Tile::copy_a(a + i * layout.a_stride, block, m0, smaller(Tile::kRows, block.m - m0), k0, depth);
     }
     for (int64_t j = 0; j < layout.column_panels; ++j) {
       const int64_t n0 = j * Tile::kColumns;
-      const Ahead ahead = j + 1 < layout.column_panels ? Ahead{depth, k0, n0 + Tile::kColumns} : Ahead{next_depth, next, 0};
+      const int64_t soon = j + panels_ahead, below = soon - layout.column_panels;  // below: in the next part of k
+      const Ahead ahead = below < 0 ? Ahead{depth, k0, soon * Tile::kColumns}
+                                    : Ahead{next_depth, next, below * Tile::kColumns};
       for (int64_t i = 0; i < layout.row_panels; ++i) {
         const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
         float* sums = c + (j * layout.row_panels + i) * Tile::kRows * Tile::kColumns;

@@ -224,6 +224,12 @@ def test_numbers_that_are_none_stay_so(api: Api) -> None:
         out = api.gmm(x, w, contract.sizes_of([64], "cpu"))
         assert not out[5].isfinite().any()
         assert out[torch.arange(64) != 5].isfinite().all()
+        # A row of an odd number of bfloat16 ends in the middle of a pair.
+        g, w = torch.randn(64, 33, dtype=BF16), torch.randn(1, 40, 33, dtype=BF16)
+        g[5, 0] = bad
+        out = api.gmm_t(g, w, contract.sizes_of([64], "cpu"))
+        assert not out[5].isfinite().any()
+        assert out[torch.arange(64) != 5].isfinite().all()
 
 
 def test_quantised(api: Api) -> None:
