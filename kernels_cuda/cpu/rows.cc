@@ -11,22 +11,6 @@
 namespace mindjax {
 namespace {
 
-// Calls function(first, end) on parts of [0, rows) that are worth a thread's while, `cost` bytes each.
-template <class Function>
-void over_rows(void* stream, int64_t rows, int64_t cost, const Function& function) {
-  const auto* pool = static_cast<const mjk_pool*>(stream);
-  const int64_t part = std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(1, cost));
-  struct Context {
-    const Function& function;
-    int64_t rows, part;
-  } context{function, rows, part};
-  const auto task = [](void* context, int64_t i) {
-    const Context& c = *static_cast<Context*>(context);
-    c.function(i * c.part, smaller((i + 1) * c.part, c.rows));
-  };
-  run_tasks(pool, (rows + part - 1) / part, task, &context);
-}
-
 inline void put(float* p, float x) { *p = x; }
 inline void put(uint16_t* p, float x) { *p = narrow(x); }
 
