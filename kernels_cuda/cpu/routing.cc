@@ -24,8 +24,8 @@ void softmax(float* x, int64_t size) {
     store(x + i, value);
     total += value;
   }
-  const float inverse = 1.0f / sum(total);
-  for (int64_t i = 0; i < padded; i += MJK_LANES) store(x + i, load(x + i) * inverse);
+  const float all = sum(total);
+  for (int64_t i = 0; i < padded; i += MJK_LANES) store(x + i, load(x + i) / all);
 }
 
 // An integer in the order of the numbers; NaN is above all of them, as in XLA's.
