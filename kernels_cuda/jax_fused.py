@@ -26,6 +26,10 @@ TARGETS = (
     "bias_gelu",
     "bias_gelu_grad",
     "rope",
+    "choose_experts",
+    "choose_experts_grad",
+    "sort_by_expert",
+    "expert_shares",
 )
 
 
@@ -148,6 +152,39 @@ def bias_gelu_grad(x: Array, bias: Array, g: Array, exact: bool) -> tuple[Array,
 def rope(x: Array, cos: Array, sin: Array, sign: float) -> Array:
     """x [B, T, N, D] turned by cos, sin [B, T, D / 2], in place; sign -1 turns back."""
     return _call("rope", _like(x), aliases={0: 0})(x, cos, sin, sign=np.float32(sign))
+
+
+def choose_experts(logits: Array, segment_ids: Array, choices: int, normalise: bool) -> tuple[Array, Array, Array]:
+    """(weights [N, k], chosen [N, k], probabilities [N, E]) of logits [N, E] and segment_ids [N]."""
+    of_choice = (logits.shape[0], choices)
+    shapes = (
+        jax.ShapeDtypeStruct(of_choice, jnp.float32),
+        jax.ShapeDtypeStruct(of_choice, jnp.int32),
+        _like(logits),
+    )
+    return _call("choose_experts", shapes)(logits, segment_ids, normalise=normalise)
+
+
+def choose_experts_grad(
+    chosen: Array, probabilities: Array, d_weights: Array, d_probabilities: Array, normalise: bool
+) -> Array:
+    """d_logits [N, E]"""
+    call = _call("choose_experts_grad", _like(probabilities))
+    return call(chosen, probabilities, d_weights, d_probabilities, normalise=normalise)
+
+
+def sort_by_expert(chosen: Array, weights: Array, experts: int) -> tuple[Array, Array, Array, Array]:
+    """(token [N k], back [N, k], load [E], scales [N k]) of chosen and weights [N, k]."""
+    sorted_ = jax.ShapeDtypeStruct((chosen.size,), jnp.int32)
+    load = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    scales = jax.ShapeDtypeStruct((chosen.size,), jnp.float32)
+    return _call("sort_by_expert", (sorted_, _like(chosen), load, scales))(chosen, weights)
+
+
+def expert_shares(chosen: Array, segment_ids: Array, experts: int) -> Array:
+    """[B, T, E] of chosen [B, T, k] and segment_ids [B, T]."""
+    shares = jax.ShapeDtypeStruct((*segment_ids.shape, experts), jnp.float32)
+    return _call("expert_shares", shares)(chosen, segment_ids)
 
 
 def _call(name: str, shapes: Any, aliases: dict[int, int] | None = None) -> Any:

@@ -268,6 +268,26 @@ void elementwise(void* pool, mjk_dtype type, int64_t rows, int64_t size) {
   }
 }
 
+void routing(void* pool, int64_t rows, int64_t length, int64_t experts, int64_t choices) {
+  const int64_t tokens = rows * length;
+  Guarded<float> logits(tokens * experts), probabilities(logits.size()), d_probabilities(logits.size()),
+      d_logits(logits.size()), shares(logits.size());
+  Guarded<float> weights(tokens * choices), d_weights(weights.size()), scales(weights.size());
+  Guarded<int32_t> segments(tokens), chosen(weights.size()), token(weights.size()), back(weights.size()), load(experts);
+  fill(logits, logits.size()), fill(d_weights, d_weights.size()), fill(d_probabilities, logits.size());
+  for (int64_t t = 0; t < tokens; ++t) segments[t] = int32_t(t / 3 % 4);
+  ok("choose", mjk_choose_experts(pool, tokens, experts, choices, 1, logits.get(), segments.get(), weights.get(),
+                                  chosen.get(), probabilities.get()));
+  ok("choose_grad",
+     mjk_choose_experts_grad(pool, tokens, experts, choices, 1, chosen.get(), probabilities.get(), d_weights.get(),
+                             d_probabilities.get(), d_logits.get()));
+  ok("sort", mjk_sort_by_expert(tokens, experts, choices, chosen.get(), weights.get(), token.get(), back.get(),
+                                load.get(), scales.get()));
+  ok("shares", mjk_expert_shares(pool, rows, length, experts, choices, chosen.get(), segments.get(), shares.get()));
+  finite("choose", weights), finite("choose, probabilities", probabilities), finite("choose, d_logits", d_logits);
+  finite("sort", scales), finite("shares", shares);
+}
+
 }  // namespace
 
 int main() {
@@ -290,6 +310,8 @@ int main() {
       elementwise<float>(stream, MJK_F32, 300, k);
       elementwise<uint16_t>(stream, MJK_BF16, 300, k);
     }
+    for (const auto& [experts, choices] : {std::pair<int64_t, int64_t>{1, 1}, {7, 3}, {8, 2}, {130, 8}})
+      for (int64_t length : {1, 40}) routing(stream, 3, length, experts, choices);
     for (const auto& [length, dim] : {std::pair<int64_t, int64_t>{1, 8}, {33, 24}, {70, 64}})
       for (bool causal : {false, true}) {
         attention<float>(stream, MJK_F32, length, dim, causal);

@@ -32,6 +32,8 @@ struct Fused {
                          const void* g, void* dx, float* d_bias);
   void (*rope)(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x, const float* cosine,
                const float* sine, void* y);
+  void (*combine)(int64_t first, int64_t last, int64_t rows, int64_t choices, int64_t size, const void* x,
+                  const int32_t* index, const float* weight, void* y);
 };
 
 struct FusedIsa {

@@ -22,8 +22,10 @@ mjk_dtype dtype_of(const AnyBuffer& buffer) {
                                               : static_cast<mjk_dtype>(-1);
 }
 
-int64_t last_of(const AnyBuffer& buffer) { return buffer.dimensions().back(); }
-int64_t rows_of(const AnyBuffer& buffer) { return int64_t(buffer.element_count()) / last_of(buffer); }
+template <class Buffer>
+int64_t last_of(const Buffer& buffer) { return buffer.dimensions().back(); }
+template <class Buffer>
+int64_t rows_of(const Buffer& buffer) { return int64_t(buffer.element_count()) / last_of(buffer); }
 
 mjk_attention_shape attention_shape(const AnyBuffer& q, const AnyBuffer& k) {
   const auto queries = q.dimensions(), keys = k.dimensions();
@@ -132,6 +134,36 @@ ffi::Error rope(ffi::ThreadPool threads, float sign, AnyBuffer x, Floats cosine,
                          x.untyped_data(), cosine.typed_data(), sine.typed_data(), y->untyped_data()));
 }
 
+ffi::Error choose_experts(ffi::ThreadPool threads, bool normalise, Floats logits, Ints segments, Result<Floats> weights,
+                          Result<Ints> chosen, Result<Floats> probabilities) {
+  mindjax::Stream stream(threads);
+  return answer(mjk_choose_experts(stream.get(), rows_of(logits), last_of(logits), last_of(*weights), normalise,
+                                   logits.typed_data(), segments.typed_data(), weights->typed_data(),
+                                   chosen->typed_data(), probabilities->typed_data()));
+}
+
+ffi::Error choose_experts_grad(ffi::ThreadPool threads, bool normalise, Ints chosen, Floats probabilities,
+                               Floats d_weights, Floats d_probabilities, Result<Floats> d_logits) {
+  mindjax::Stream stream(threads);
+  return answer(mjk_choose_experts_grad(stream.get(), rows_of(probabilities), last_of(probabilities),
+                                        last_of(d_weights), normalise, chosen.typed_data(), probabilities.typed_data(),
+                                        d_weights.typed_data(), d_probabilities.typed_data(), d_logits->typed_data()));
+}
+
+ffi::Error sort_by_expert(ffi::ThreadPool, Ints chosen, Floats weights, Result<Ints> token, Result<Ints> back,
+                          Result<Ints> load, Result<Floats> scales) {
+  return answer(mjk_sort_by_expert(rows_of(weights), last_of(*load), last_of(weights), chosen.typed_data(),
+                                   weights.typed_data(), token->typed_data(), back->typed_data(), load->typed_data(),
+                                   scales->typed_data()));
+}
+
+ffi::Error expert_shares(ffi::ThreadPool threads, Ints chosen, Ints segments, Result<Floats> shares) {
+  mindjax::Stream stream(threads);
+  const int64_t length = last_of(segments);
+  return answer(mjk_expert_shares(stream.get(), rows_of(segments), length, last_of(*shares), last_of(chosen),
+                                  chosen.typed_data(), segments.typed_data(), shares->typed_data()));
+}
+
 }  // namespace
 
 // The symbols that jax_fused.py registers.
@@ -155,3 +187,7 @@ MJK_FUSED(silu_product_grad, MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
 MJK_FUSED(bias_gelu, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
 MJK_FUSED(bias_gelu_grad, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);
 MJK_FUSED(rope, .Attr<float>("sign") MJK_ANY.Arg<Floats>().Arg<Floats>() MJK_OUT);
+MJK_FUSED(choose_experts, .Attr<bool>("normalise").Arg<Floats>().Arg<Ints>() MJK_SUM.Ret<Ints>() MJK_SUM);
+MJK_FUSED(choose_experts_grad, .Attr<bool>("normalise").Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Floats>() MJK_SUM);
+MJK_FUSED(sort_by_expert, .Arg<Ints>().Arg<Floats>().Ret<Ints>().Ret<Ints>().Ret<Ints>() MJK_SUM);
+MJK_FUSED(expert_shares, .Arg<Ints>().Arg<Ints>() MJK_SUM);

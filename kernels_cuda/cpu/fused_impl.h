@@ -1,6 +1,7 @@
 // The table of one instruction set; see fused.h. Included once in each instruction set's file.
 #pragma once
 #include "attention_impl.h"
+#include "combine_impl.h"
 #include "decode_impl.h"
 #include "fused.h"
 #include "norm_impl.h"
@@ -77,8 +78,13 @@ struct Typed {
                    const float* cosine, const float* sine, void* y) {
     rope_rows(first, last, heads, dim, sign, in(x), cosine, sine, out(y));
   }
+  static void combine(int64_t first, int64_t last, int64_t rows, int64_t choices, int64_t size, const void* x,
+                      const int32_t* index, const float* weight, void* y) {
+    combine_rows(first, last, rows, choices, size, in(x), index, weight, out(y));
+  }
   static constexpr Fused table() {
-    return {attention, attention_grad, decode, norm, norm_grad, silu, silu_grad, swiglu, swiglu_grad, gelu, gelu_grad, rope};
+    return {attention, attention_grad, decode, norm, norm_grad, silu, silu_grad, swiglu, swiglu_grad, gelu, gelu_grad, rope,
+            combine};
   }
 };
 

@@ -1,5 +1,6 @@
 // Running tasks on other threads without waiting for any that has not begun.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -62,6 +63,22 @@ void run_tasks(const Schedule& schedule, int64_t threads, int64_t count, Task ta
 inline void run_tasks(const mjk_pool* pool, int64_t count, Task task, void* context) {
   if (pool && pool->threads > 1 && count > 1) return pool->run(pool->self, count, task, context);
   for (int64_t i = 0; i < count; ++i) task(context, i);
+}
+
+// Calls function(first, end) on parts of [0, rows) that are worth a thread's while, `cost` bytes each.
+template <class Function>
+void over_rows(void* stream, int64_t rows, int64_t cost, const Function& function) {
+  const auto* pool = static_cast<const mjk_pool*>(stream);
+  const int64_t part = std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(1, cost));
+  struct Context {
+    const Function& function;
+    int64_t rows, part;
+  } context{function, rows, part};
+  const auto task = [](void* context, int64_t i) {
+    const Context& c = *static_cast<Context*>(context);
+    c.function(i * c.part, std::min((i + 1) * c.part, c.rows));
+  };
+  run_tasks(pool, (rows + part - 1) / part, task, &context);
 }
 
 }  // namespace mindjax

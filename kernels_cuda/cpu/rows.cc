@@ -1,4 +1,4 @@
-// Operations on rows: gather, combine, SwiGLU, quantise. Threads take runs of rows.
+// Operations on rows: gather, quantise. Threads take runs of rows.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,25 +10,6 @@
 
 namespace mindjax {
 namespace {
-
-// Calls function(first, end) on parts of [0, rows) that are worth a thread's while, `cost` bytes each.
-template <class Function>
-void over_rows(void* stream, int64_t rows, int64_t cost, const Function& function) {
-  const auto* pool = static_cast<const mjk_pool*>(stream);
-  const int64_t part = std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(1, cost));
-  struct Context {
-    const Function& function;
-    int64_t rows, part;
-  } context{function, rows, part};
-  const auto task = [](void* context, int64_t i) {
-    const Context& c = *static_cast<Context*>(context);
-    c.function(i * c.part, smaller((i + 1) * c.part, c.rows));
-  };
-  run_tasks(pool, (rows + part - 1) / part, task, &context);
-}
-
-inline void put(float* p, float x) { *p = x; }
-inline void put(uint16_t* p, float x) { *p = narrow(x); }
 
 // To nearest even; the argument is within +-448 or NaN.
 uint8_t to_e4m3(float x) {
@@ -72,26 +53,6 @@ void quantize(int64_t rows, int64_t k, const T* x, const int32_t* index, int64_t
   }
 }
 
-template <class T>
-void unpermute(int64_t rows, int64_t choices, int64_t k, const T* x, const int32_t* index, const float* weight,
-               int64_t first, int64_t end, T* out) {
-  constexpr int64_t kPart = 256;
-  for (int64_t t = first; t < end; ++t) {
-    for (int64_t k0 = 0; k0 < k; k0 += kPart) {
-      const int64_t size = smaller(kPart, k - k0);
-      float sum[kPart] = {};
-      for (int64_t j = 0; j < choices; ++j) {
-        const int64_t from = index[t * choices + j];
-        if (from < 0 || from >= rows) continue;
-        const float scale = weight ? weight[t * choices + j] : 1.f;
-        const T* row = x + from * k + k0;
-        for (int64_t i = 0; i < size; ++i) sum[i] += scale * load(row + i);
-      }
-      for (int64_t i = 0; i < size; ++i) put(out + t * k + k0 + i, sum[i]);
-    }
-  }
-}
-
 bool is_float(mjk_dtype type) { return type == MJK_F32 || type == MJK_BF16; }
 
 int unsupported() { return fail(MJK_UNSUPPORTED, "rows must be float32 or bfloat16"); }
@@ -128,19 +89,6 @@ int mjk_permute(void* stream, mjk_dtype dtype, int64_t rows, int64_t out_rows, i
       else
         std::memcpy(to, static_cast<const char*>(x) + index[i] * row, size_t(row));
     }
-  });
-  return MJK_OK;
-}
-
-int mjk_unpermute(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, int64_t choices, int64_t k,
-                  const void* x, const int32_t* index, const float* weight, void* out) {
-  if (!is_float(dtype)) return unsupported();
-  over_rows(stream, tokens, 4 * k * (choices + 1), [=](int64_t first, int64_t end) {
-    if (dtype == MJK_F32)
-      unpermute(rows, choices, k, static_cast<const float*>(x), index, weight, first, end, static_cast<float*>(out));
-    else
-      unpermute(rows, choices, k, static_cast<const uint16_t*>(x), index, weight, first, end,
-                static_cast<uint16_t*>(out));
   });
   return MJK_OK;
 }

@@ -64,6 +64,29 @@ MJK_API int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int32_t exact, int
 MJK_API int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t dim, float sign, const void* x,
                      const float* cosine, const float* sine, void* y);
 
+// The `choices` likeliest of `experts` by the softmax of logits[tokens, experts], the likeliest first, the lower number
+// before its equal. Writes weights[tokens, choices], their probabilities (normalise != 0: over the sum of them),
+// chosen[tokens, choices], and probabilities[tokens, experts]; a token whose segment is not above 0 chooses number
+// `experts` with weight 0 and has no probabilities.
+MJK_API int mjk_choose_experts(void* stream, int64_t tokens, int64_t experts, int64_t choices, int32_t normalise,
+                               const float* logits, const int32_t* segments, float* weights, int32_t* chosen,
+                               float* probabilities);
+// d_logits from the results and their gradients.
+MJK_API int mjk_choose_experts_grad(void* stream, int64_t tokens, int64_t experts, int64_t choices, int32_t normalise,
+                                    const int32_t* chosen, const float* probabilities, const float* d_weights,
+                                    const float* d_probabilities, float* d_logits);
+
+// Sorts chosen[tokens, choices] by expert, in the order of the tokens, what no expert has last. Writes
+// token[tokens * choices] and scales[tokens * choices], the token and the weight of each choice in that order,
+// back[tokens, choices], the place of each there, and load[experts], how many chose each.
+MJK_API int mjk_sort_by_expert(int64_t tokens, int64_t experts, int64_t choices, const int32_t* chosen,
+                               const float* weights, int32_t* token, int32_t* back, int32_t* load, float* scales);
+
+// shares[rows, length, experts]: of the run of one id in segments[rows, length] that the token is in, how often
+// chosen[rows, length, choices] names the expert, over the square of the run's length; 0 where the id is not above 0.
+MJK_API int mjk_expert_shares(void* stream, int64_t rows, int64_t length, int64_t experts, int64_t choices,
+                              const int32_t* chosen, const int32_t* segments, float* shares);
+
 #ifdef __cplusplus
 }
 #endif

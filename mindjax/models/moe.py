@@ -6,7 +6,6 @@ B rows, T tokens, H hidden size, E experts, k experts per token, I expert width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from mindjax.ops.activation import swiglu
 from mindjax.ops.dispatch import on_cpu
 from mindjax.ops.grouped_matmul import grouped_matmul
 from mindjax.ops.matmul import matmul
+from mindjax.ops.routing import ByExpert, choose_experts, expert_shares, sort_by_expert
 from sharding.expert import Journey, travels
 from sharding.links import ONE_DEVICE, Links
 
@@ -74,115 +74,82 @@ def moe(
     tokens = rows * time  # of this device
     experts, choices = config.num_experts, config.num_experts_per_tok
     flat = x.reshape(tokens, hidden)
-    real = segment_ids.reshape(tokens) > 0
-
     # float32: small differences of router logits decide which expert a token meets.
-    probabilities = jax.nn.softmax(matmul(flat, params["router"], dtype=jnp.float32), axis=-1)
-    weights, chosen = jax.lax.top_k(probabilities, choices)
-    if config.norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    logits = matmul(flat, params["router"], dtype=jnp.float32)
+    weights, chosen, probabilities = choose_experts(logits, segment_ids.reshape(tokens), choices, config.norm_topk_prob)
     # transformers weighs in the model's dtype, the published models were trained so.
-    weights = jnp.where(real[:, None], weights, 0.0).astype(x.dtype)
+    dtype = jnp.finfo(x.dtype)
+    weights = jax.lax.reduce_precision(weights, dtype.nexp, dtype.nmant)
 
-    # Padding goes to an expert past the last.
-    chosen = jnp.where(real[:, None], chosen, experts)
-    taken = _taken(chosen, experts)
-    load = jnp.sum(taken, axis=0, dtype=jnp.int32)
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    order, scales = sort_by_expert(chosen, weights, experts)
     if links.layout.expert > 1 and travels(links.layout, choices):
-        y = _by_travel(params, flat, weights, order, Journey.of(load, links.layout.expert))
+        y = _by_travel(params, flat, scales, order, Journey.of(order.load, links.layout.expert))
     elif links.layout.expert > 1:
         y = _by_share(params, flat, chosen, weights, experts // links.layout.expert, links)
     else:
-        y = _answers(params, flat, weights, order, load)
+        y = _answers(params, flat, scales, order)
 
     aux_sum, aux_count = _balance_loss(
         probabilities.reshape(rows, time, experts), chosen.reshape(rows, time, choices), segment_ids, links
     )
-    return y.reshape(x.shape), RouterStats(*links.sum_batch((load.astype(jnp.float32), aux_sum, aux_count)))
+    return y.reshape(x.shape), RouterStats(*links.sum_batch((order.load.astype(jnp.float32), aux_sum, aux_count)))
 
 
-def _answers(params: dict[str, Array], x: Array, weights: Array, order: Array, group_sizes: Array) -> Array:
-    """The weighted answers of experts to tokens x [N, H] with `weights` [N, k], summed over the choices: [N, H].
+def _answers(params: dict[str, Array], x: Array, scales: Array, order: ByExpert) -> Array:
+    """The answers of experts to tokens x [N, H], weighted by `scales` [N k] in their order and summed: [N, H].
 
-    Args:
-      order: [N k], choices sorted by expert; those past the last group get zeros.
-      group_sizes: [E] int32, choices of each expert.
+    Choices past the last group get zeros.
     """
-    back = jnp.argsort(order)
-    rows = _dispatch(x, order, back, weights.shape[1])
     # Weighed before the last product, which is linear: then the gradient of the weights needs no answer kept.
-    answers = _products(params, rows, _permute(weights.reshape(-1), order, back), group_sizes)
-    return _combine(answers, order, back, weights.shape[1])
+    answers = _products(params, _dispatch(x, order.token, order.back), scales, order.load)
+    return _combine(answers, order.token, order.back)
 
 
-def _products(params: dict[str, Array], rows: Array, weights: Array, group_sizes: Array) -> Array:
-    """Weighted answers to rows [R, H] that are sorted by expert, with weights [R]."""
+def _products(params: dict[str, Array], rows: Array, scales: Array, group_sizes: Array) -> Array:
+    """Weighted answers to rows [R, H] that are sorted by expert, with float32 weights [R]."""
     hidden = checkpoint_name(grouped_matmul(rows, params["gate_up"], group_sizes), "mlp_hidden")
-    return grouped_matmul(swiglu(hidden, weights.astype(jnp.float32)), params["down"], group_sizes)
+    return grouped_matmul(swiglu(hidden, scales), params["down"], group_sizes)
 
 
 def _by_share(params: dict[str, Array], x: Array, chosen: Array, weights: Array, count: int, links: Links) -> Array:
     """What the experts of all devices, `count` on each, answer to this device's tokens, of which all get a copy."""
     x, chosen, weights = (links.gather(part, ("expert",), 0) for part in (x, chosen, weights))
-    chosen = chosen - links.index("expert") * count
-    chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)
-    group_sizes = jnp.sum(_taken(chosen, count), axis=0, dtype=jnp.int32)
-    answers = _answers(params, x, weights, jnp.argsort(chosen.reshape(-1), stable=True), group_sizes)
-    return links.scatter_sum(answers, "expert", 0)
+    order, scales = sort_by_expert(chosen - links.index("expert") * count, weights, count)
+    return links.scatter_sum(_answers(params, x, scales, order), "expert", 0)
 
 
-def _by_travel(params: dict[str, Array], x: Array, weights: Array, order: Array, journey: Journey) -> Array:
+def _by_travel(params: dict[str, Array], x: Array, scales: Array, order: ByExpert, journey: Journey) -> Array:
     """What the experts of all devices answer to this device's tokens, which travel to them and back."""
-    choices, back = weights.shape[1], jnp.argsort(order)
-    rows, scales = _dispatch(x, order, back, choices), _permute(weights.reshape(-1), order, back)
+    rows = _dispatch(x, order.token, order.back)
     # The most that can come: all choices of all tokens, or as many as the experts here can be chosen for.
     experts = len(journey.group_sizes)
-    size = journey.devices * len(x) * min(choices, experts)
+    size = journey.devices * len(x) * min(order.back.shape[1], experts)
     there = _products(params, journey.go(rows, size), journey.go(scales, size), journey.group_sizes)
-    return _combine(journey.back(there, len(rows)), order, back, choices)
+    return _combine(journey.back(there, len(rows)), order.token, order.back)
 
 
-def _taken(chosen: Array, experts: int) -> Array:
-    """[N, k] numbers of experts as [N, E] bool."""
-    return (chosen[:, :, None] == jnp.arange(experts, dtype=chosen.dtype)[None, None]).any(axis=1)
-
-
-# Gradients of gathers are scatters, which run one row at a time on a CPU; that of a permutation is its inverse.
+# Gradients of gathers are scatters, which run one row at a time on a CPU; each of these two is the other's.
 
 
 @jax.custom_vjp
-def _permute(x: Array, order: Array, back: Array) -> Array:
-    """Rows of x [R, ...] in the order [R], whose inverse is `back` [R]."""
-    return x[order]
+def _dispatch(x: Array, token: Array, back: Array) -> Array:
+    """A copy of each token of x [N, H] for each of its choices, in the order of experts: [N k, H]."""
+    return on_cpu(jax_binding.permute, lambda x, index: x[index], x, token)
 
 
-_permute.defvjp(lambda x, order, back: (x[order], (order, back)), lambda saved, g: (g[saved[1]], *_no_gradient(saved)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(x: Array, order: Array, back: Array, choices: int) -> Array:
-    """A copy of each token of x [N, H] for each of its choices, in the order of experts: [N choices, H]."""
-    return on_cpu(jax_binding.permute, lambda x, index: x[index], x, order // choices)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(answers: Array, order: Array, back: Array, choices: int) -> Array:
+@jax.custom_vjp
+def _combine(answers: Array, token: Array, back: Array) -> Array:
     """The sum over each token's choices, [N, H]; the transpose of `_dispatch`."""
-
-    def default(answers: Array, back: Array) -> Array:
-        return jnp.sum(answers[back.reshape(-1)].reshape(*back.shape, -1), axis=1)
-
-    return on_cpu(jax_binding.unpermute, default, answers, back.reshape(-1, choices))
+    return on_cpu(jax_binding.unpermute, lambda x, index: jnp.sum(x[index], axis=1), answers, back)
 
 
 _dispatch.defvjp(
-    lambda x, order, back, choices: (_dispatch(x, order, back, choices), (order, back)),
-    lambda choices, saved, g: (_combine(g, *saved, choices), *_no_gradient(saved)),
+    lambda x, token, back: (_dispatch(x, token, back), (token, back)),
+    lambda saved, g: (_combine(g, *saved), *_no_gradient(saved)),
 )
 _combine.defvjp(
-    lambda answers, order, back, choices: (_combine(answers, order, back, choices), (order, back)),
-    lambda choices, saved, g: (_dispatch(g, *saved, choices), *_no_gradient(saved)),
+    lambda answers, token, back: (_combine(answers, token, back), (token, back)),
+    lambda saved, g: (_dispatch(g, *saved), *_no_gradient(saved)),
 )
 
 
@@ -210,25 +177,9 @@ def _balance_loss(probabilities: Array, chosen: Array, segment_ids: Array, links
     # What a sequence chose is counted over whole rows, of which the numbers of experts are little to send.
     own = links.row_places(segment_ids.shape[1])
     segment_ids, chosen = links.whole_rows(segment_ids), links.whole_rows(chosen)
-    rows, time = segment_ids.shape
-    taken = _taken(chosen.reshape(rows * time, -1), experts)
-    place = jnp.arange(time, dtype=jnp.int32)[None]
+    shares = expert_shares(chosen, segment_ids, experts)
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    edge = jnp.ones((rows, 1), bool)
-    is_first, is_last = jnp.concatenate([edge, changes], axis=1), jnp.concatenate([changes, edge], axis=1)
-    first = jax.lax.cummax(jnp.where(is_first, place, 0), axis=1)
-    last = jax.lax.cummin(jnp.where(is_last, place, time - 1), axis=1, reverse=True)
-    lengths = (last - first + 1).astype(jnp.float32)[:, :, None]
-    # Each token's sequence total as a difference of running sums: exact in float32 below 2^24 tokens a row, and
-    # linear, where a scatter runs one token at a time on a CPU.
-    running = jnp.pad(
-        jnp.cumsum(taken.reshape(rows, time, experts).astype(jnp.float32), axis=1), ((0, 0), (1, 0), (0, 0))
-    )
-    totals = jnp.take_along_axis(running, last[:, :, None] + 1, axis=1)
-    totals -= jnp.take_along_axis(running, first[:, :, None], axis=1)
+    begins = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True) & (segment_ids > 0)
     if own is not None:
-        totals, lengths, segment_ids, is_first = (x[:, own] for x in (totals, lengths, segment_ids, is_first))
-    real = segment_ids > 0
-    per_token = experts * jnp.sum(totals * probabilities / lengths**2, axis=-1)
-    count = jnp.sum(is_first & real, dtype=jnp.float32)
-    return jnp.sum(jnp.where(real, per_token, jnp.float32(0))), count
+        shares, begins = shares[:, own], begins[:, own]
+    return experts * jnp.sum(shares * probabilities), jnp.sum(begins, dtype=jnp.float32)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_cuda import jax_fused, library
 from mindjax.config import TextConfig
 from mindjax.models.moe import moe
 
@@ -165,3 +167,30 @@ def test_balanced_router_costs_the_number_of_choices() -> None:
     p = random_params() | {"router": np.zeros((CONFIG.hidden_size, CONFIG.num_experts), np.float32)}
     _, stats = moe(p, random_x(), jnp.ones((ROWS, TIME), jnp.int32), CONFIG)
     np.testing.assert_allclose(stats.aux_sum / stats.aux_count, CONFIG.num_experts_per_tok, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_kernels_and_jnp_agree(tokens: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not jax_fused.usable():
+        pytest.skip(library.load("cpu").problem)
+    rng = np.random.default_rng(0)
+    p = {name: jnp.asarray(value, dtype) for name, value in random_params().items()}
+    x, g = (jnp.asarray(rng.normal(size=(3, tokens, CONFIG.hidden_size)), dtype) for _ in range(2))
+    segments = jnp.asarray(np.sort(rng.integers(0, 4, (3, tokens)), axis=1)[:, ::-1], jnp.int32)
+
+    def run() -> Any:
+        jax.clear_caches()
+        run = jax.jit(lambda p, x: moe(p, x, segments, CONFIG))
+        (y, stats), pull = jax.vjp(run, p, x)
+        return y, stats, pull((g, replace(jax.tree.map(jnp.zeros_like, stats), aux_sum=jnp.float32(1))))
+
+    kernels = run()
+    monkeypatch.setattr(jax_fused, "usable", lambda: False)
+    plain = run()
+    np.testing.assert_array_equal(kernels[1].load, plain[1].load)
+    bound = 1e-5 if dtype == jnp.float32 else 2e-2
+    for ours, theirs in zip(jax.tree.leaves(kernels), jax.tree.leaves(plain), strict=True):
+        wide = np.asarray(theirs, np.float64)
+        assert np.linalg.norm(np.asarray(ours, np.float64) - wide) <= bound * np.linalg.norm(wide)
+    jax.clear_caches()
