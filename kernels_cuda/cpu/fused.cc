@@ -17,6 +17,9 @@ extern const FusedIsa kFusedAvx2;
 #ifdef MINDJAX_AVX512F
 extern const FusedIsa kFusedAvx512F;
 #endif
+#ifdef MINDJAX_AVX512_BF16
+extern const FusedIsa kFusedAvx512Bf16;
+#endif
 
 namespace {
 
@@ -27,7 +30,10 @@ const FusedIsa& fused_isa() {
   if (!std::strcmp(name, "avx2")) return kFusedAvx2;
 #endif
 #ifdef MINDJAX_AVX512F
-  return kFusedAvx512F;
+  if (!std::strcmp(name, "avx512f")) return kFusedAvx512F;
+#endif
+#ifdef MINDJAX_AVX512_BF16
+  return kFusedAvx512Bf16;
 #else
   return kFusedScalar;
 #endif

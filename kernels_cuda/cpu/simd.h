@@ -77,6 +77,7 @@ static inline vf rounded(vf x, const bf16*) {
 
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
+static inline vf minimum(vf a, vf b) { return a < b ? a : b; }
 
 // Halves are combined until four numbers are left: one at a time, each would wait for the one before.
 typedef float vf4 __attribute__((vector_size(16)));
@@ -120,10 +121,10 @@ static inline float largest(vf v) {
 // 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of degree 6 (Cephes, expf).
 static inline vf exponential(vf x) {
   vi tiny = x < -87.0f;
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  vf n = (x * 1.44269504088896341f + shift) - shift;
+  x = maximum(splat(-87.0f), minimum(splat(88.0f), x));  // in this order a NaN stays
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits then are
+  vf shifted = x * 1.44269504088896341f + shift;
+  vf n = shifted - shift;
   vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -132,8 +133,7 @@ static inline vf exponential(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-  return select(tiny, vf{}, p * (vf)exponent);
+  return select(tiny, vf{}, p * (vf)(((vu)shifted << 23) + (127u << 23)));
 }
 
 namespace {
@@ -167,12 +167,12 @@ inline void copy_row(const T* from, int64_t size, float factor, float* to) {
 }
 
 template <class T>
-inline float dot(const float* a, const T* b, int64_t size) {
+inline float dot(const T* a, const T* b, int64_t size) {
   vf total = {};
   int64_t d = 0;
   for (; d + MJK_LANES <= size; d += MJK_LANES) total += load(a + d) * load(b + d);
   float rest = sum(total);
-  for (; d < size; ++d) rest += a[d] * to_float(b[d]);
+  for (; d < size; ++d) rest += to_float(a[d]) * to_float(b[d]);
   return rest;
 }
 
