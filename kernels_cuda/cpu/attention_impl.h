@@ -152,7 +152,8 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
       row_product(count, vectors, units, Left<Unit>{queries, units, 1},
                   Right<Unit>{keys + range.first * units, MJK_LANES, units * MJK_LANES}, scores + range.first, size,
                   false);
-      float tops[kTile], factors[kTile];
+      constexpr int64_t lines = (kTile + MJK_LANES - 1) / MJK_LANES * MJK_LANES;
+      float tops[lines] = {}, totals[lines] = {};
       for (int64_t i = 0; i < count; ++i) {
         const int32_t limit = segments.limit(t0 + i), *places = segments.places(t0 + i);
         vf top = splat(-INFINITY);
@@ -173,10 +174,15 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
           sums += weight;
         }
         for (; s < range.last; s += MJK_LANES) store(line + s, vf{});
-        const float total = any ? sum(sums) : 1.0f;
-        normaliser[(row * shape.heads + h) * shape.queries + t0 + i] = any ? top + logf(total) : INFINITY;
-        factors[i] = 1.0f / total;
+        totals[i] = any ? sum(sums) : 1.0f;
       }
+      float norms[lines], factors[lines];
+      for (int64_t i = 0; i < lines; i += MJK_LANES) {
+        const vf top = load(tops + i), total = load(totals + i);
+        store(norms + i, top > -INFINITY ? top + logarithm(total) : splat(INFINITY));
+        store(factors + i, 1.0f / total);
+      }
+      memcpy(normaliser + (row * shape.heads + h) * shape.queries + t0, norms, count * sizeof(float));
       const Unit* left;
       if constexpr (sizeof(T) == sizeof(float)) {
         left = scores;

@@ -87,34 +87,17 @@ static inline float larger(float a, float b) { return a > b ? a : b; }
 static inline float sum(vf4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 static inline float largest(vf4 v) { return larger(larger(v[0], v[1]), larger(v[2], v[3])); }
 
-template <class Half, class Vector>
-static inline void halve(const Vector& v, Half* low, Half* high) {
-  memcpy(low, &v, sizeof(Half));
-  memcpy(high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
-}
 #if MJK_LANES >= 8
-static inline float sum(vf8 v) {
-  vf4 low, high;
-  halve(v, &low, &high);
-  return sum(low + high);
-}
-static inline float largest(vf8 v) {
-  vf4 low, high;
-  halve(v, &low, &high);
-  return largest(low > high ? low : high);
-}
+static inline vf4 low_half(vf8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+static inline vf4 high_half(vf8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+static inline float sum(vf8 v) { return sum(low_half(v) + high_half(v)); }
+static inline float largest(vf8 v) { return largest(low_half(v) > high_half(v) ? low_half(v) : high_half(v)); }
 #endif
 #if MJK_LANES >= 16
-static inline float sum(vf v) {
-  vf8 low, high;
-  halve(v, &low, &high);
-  return sum(low + high);
-}
-static inline float largest(vf v) {
-  vf8 low, high;
-  halve(v, &low, &high);
-  return largest(low > high ? low : high);
-}
+static inline vf8 low_half(vf v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+static inline vf8 high_half(vf v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+static inline float sum(vf v) { return sum(low_half(v) + high_half(v)); }
+static inline float largest(vf v) { return largest(low_half(v) > high_half(v) ? low_half(v) : high_half(v)); }
 #endif
 
 // e^x within 2 units in the last place for x in [-87, 88]; 0 below, the value at 88 above.
@@ -134,6 +117,25 @@ static inline vf exponential(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   return select(tiny, vf{}, p * (vf)(((vu)shifted << 23) + (127u << 23)));
+}
+
+// The natural logarithm within 2 units in the last place of a positive, normal, finite x.
+// x = 2^n m with m in [sqrt(1/2), sqrt(2)); the polynomial is that of Cephes, logf.
+static inline vf logarithm(vf x) {
+  const vi shifted = (vi)x - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const vf n = __builtin_convertvector(shifted >> 23, vf);
+  const vf m = (vf)((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vf square = m * m;
+  return n * 0.693359375f + (m + (square * (p * m - 0.5f) - n * 2.12194440e-4f));
 }
 
 namespace {

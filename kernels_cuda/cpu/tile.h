@@ -80,7 +80,7 @@ constexpr int64_t kTile = MJK_LANES == 16 ? 12 : 6;  // rows of a register tile
 constexpr int64_t kTileVectors = 2;
 
 template <int rows, int vectors, class Unit>
-inline void tile_product(int64_t depth, const Left<Unit>& a, const Right<Unit>& b, float* c, int64_t c_row, bool add) {
+__attribute__((noinline)) void tile_product(int64_t depth, const Left<Unit>& a, const Right<Unit>& b, float* c, int64_t c_row, bool add) {
   vf sums[rows][vectors];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i)
