@@ -169,7 +169,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
         vf sums = {};
         int64_t s = range.first;
         for (; s < row_end(range, limit); s += MJK_LANES) {
-          const vf weight = seen_only(places + s, limit, exponential(load(line + s) * scale - top), 0.0f);
+          const vf weight = seen_only(places + s, limit, exponential_to_88(load(line + s) * scale - top), 0.0f);
           store(line + s, weight);
           sums += weight;
         }
@@ -286,7 +286,7 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
             vf w[2], d[2];
             for (int64_t j = 0; j < 2; ++j) {
               const int64_t at = (i + j) * size + s;
-              w[j] = seen_only(places[j] + s, limits[j], exponential(load(scores + at) * scale - norms[j]), 0.0f);
+              w[j] = seen_only(places[j] + s, limits[j], exponential_to_88(load(scores + at) * scale - norms[j]), 0.0f);
               d[j] = seen_only(places[j] + s, limits[j], w[j] * (load(d_weights + at) - inner[j]), 0.0f);
             }
             store_rows(weight + s, size, w[0], w[1]);

@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define MJK_LANES 16
 #elif defined(__AVX2__)
@@ -39,10 +43,20 @@ static inline vi load_int(const int32_t* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
-static inline vf load(const bf16* p) {
+// Of the conversion without an intrinsic GCC makes halves that it widens and joins.
+static inline vu widened(const bf16* p) {
+#if MJK_LANES == 16
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif MJK_LANES == 8
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   vh h;
   memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return __builtin_convertvector(h, vu);
+#endif
+}
+static inline vf load(const bf16* p) {
+  return (vf)(widened(p) << 16);
 }
 // To the nearest, ties to even; a NaN stays one.
 static inline void store(bf16* p, vf v) {
@@ -77,7 +91,6 @@ static inline vf rounded(vf x, const bf16*) {
 
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
-static inline vf minimum(vf a, vf b) { return a < b ? a : b; }
 
 // Halves are combined until four numbers are left: one at a time, each would wait for the one before.
 typedef float vf4 __attribute__((vector_size(16)));
@@ -100,11 +113,9 @@ static inline float sum(vf v) { return sum(low_half(v) + high_half(v)); }
 static inline float largest(vf v) { return largest(low_half(v) > high_half(v) ? low_half(v) : high_half(v)); }
 #endif
 
-// e^x within 2 units in the last place for x in [-87, 88]; 0 below, the value at 88 above.
+// e^x within 2 units in the last place for x in [-87, 88], 0 below, nothing of use above.
 // 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of degree 6 (Cephes, expf).
-static inline vf exponential(vf x) {
-  vi tiny = x < -87.0f;
-  x = maximum(splat(-87.0f), minimum(splat(88.0f), x));  // in this order a NaN stays
+static inline vf exponential_to_88(vf x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits then are
   vf shifted = x * 1.44269504088896341f + shift;
   vf n = shifted - shift;
@@ -116,8 +127,11 @@ static inline vf exponential(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return select(tiny, vf{}, p * (vf)(((vu)shifted << 23) + (127u << 23)));
+  return select(x < -87.0f, vf{}, p * (vf)(((vu)shifted << 23) + (127u << 23)));
 }
+
+// The same, and the value at 88 above.
+static inline vf exponential(vf x) { return exponential_to_88(x > 88.0f ? splat(88.0f) : x); }
 
 // The natural logarithm within 2 units in the last place of a positive, normal, finite x.
 // x = 2^n m with m in [sqrt(1/2), sqrt(2)); the polynomial is that of Cephes, logf.

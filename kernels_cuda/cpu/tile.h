@@ -5,10 +5,6 @@
 #pragma once
 #include "simd.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 struct Pair {
   uint32_t bits;
 };
@@ -49,16 +45,13 @@ inline vf add_product(vf total, Pair x, vf y) {
   return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32((int)x.bits), (__m512bh)y);
 }
 // Rounding flushes subnormals, as the products do.
-inline vh round_to_pairs(vf x) { return (vh)_mm512_cvtneps_pbh((__m512)x); }
+inline __m256i to_bf16(vf x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 inline void store_rows(Pair* to, int64_t, vf first, vf second) {
-  const vu low = __builtin_convertvector(round_to_pairs(first), vu);
-  store(to, (vf)(low | __builtin_convertvector(round_to_pairs(second), vu) << 16));
+  const vu low = (vu)_mm512_cvtepu16_epi32(to_bf16(first)), high = (vu)_mm512_cvtepu16_epi32(to_bf16(second));
+  store(to, (vf)(low | high << 16));
 }
 // A vector of a row that is summed along itself.
-inline void store_along(Pair* to, vf x) {
-  const vh bits = round_to_pairs(x);
-  memcpy(to, &bits, sizeof bits);
-}
+inline void store_along(Pair* to, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bf16(x)); }
 #endif
 inline void store_along(float* to, vf x) { store(to, x); }
 
@@ -198,7 +191,7 @@ inline void copy_right(const bf16* x, int64_t count, int64_t size, int64_t dim, 
     const bf16 *first = x + s * stride, *second = s + 1 < count ? first + stride : nullptr;
     int64_t d = 0;
     for (; d + MJK_LANES <= dim; d += MJK_LANES)
-      store(to + d, (vf)((vu)load(first + d) >> 16 | (second ? (vu)load(second + d) : vu{})));
+      store(to + d, (vf)(widened(first + d) | (second ? widened(second + d) << 16 : vu{})));
     for (; d < dim; ++d) to[d].bits = first[d].bits | (second ? (uint32_t)second[d].bits << 16 : 0);
   }
   memset(to, 0, (size - round_up(count, 2)) / 2 * width * sizeof(Pair));
