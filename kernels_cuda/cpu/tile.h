@@ -125,12 +125,20 @@ inline void copy_rest(const bf16* x, int64_t terms, Pair* to) {
   for (int64_t d = 0; d < terms; d += 2) to[d / 2].bits = x[d].bits | (d + 1 < terms ? (uint32_t)x[d + 1].bits << 16 : 0);
 }
 
+// Rows of `stride` lie too far apart for the processor to foresee.
+constexpr int64_t kAhead = 16;
+template <class T>
+inline void prefetch_row(const T* x, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(x + d);
+}
+
 // x[count] by rows of `stride` as a left side whose sum is along `dim`.
 template <class T, class Unit>
 inline void copy_left(const T* x, int64_t count, int64_t dim, int64_t stride, Unit* to, int64_t units) {
   constexpr int64_t step = MJK_LANES * kTerms<Unit>;
   for (int64_t i = 0; i < count; ++i, x += stride, to += units) {
     int64_t d = 0;
+    prefetch_row(x + kAhead * stride, dim);
     for (; d + step <= dim; d += step) store(to + d / kTerms<Unit>, load_units(x + d, to));
     copy_rest(x + d, dim - d, to + d / kTerms<Unit>);
   }
@@ -161,7 +169,8 @@ inline void transpose(vf (&rows)[MJK_LANES]) {
 template <class T, class Unit>
 inline void copy_columns(const T* x, int64_t count, int64_t dim, int64_t stride, Unit* to, int64_t units) {
   constexpr int64_t step = MJK_LANES * kTerms<Unit>;
-  for (int64_t s = 0; s < count; s += MJK_LANES, x += MJK_LANES * stride, to += units * MJK_LANES)
+  for (int64_t s = 0; s < count; s += MJK_LANES, x += MJK_LANES * stride, to += units * MJK_LANES) {
+    for (int64_t i = 0; i < MJK_LANES; ++i) prefetch_row(x + (i + kAhead) * stride, dim);
     for (int64_t d = 0; d < dim; d += step) {
       vf rows[MJK_LANES] = {};
       for (int64_t i = 0; i < least(MJK_LANES, count - s); ++i)
@@ -176,19 +185,25 @@ inline void copy_columns(const T* x, int64_t count, int64_t dim, int64_t stride,
       const int64_t first = d / kTerms<Unit>;
       for (int64_t u = first; u < least(units, first + MJK_LANES); ++u) store(to + u * MJK_LANES, rows[u - first]);
     }
+  }
 }
 
 // x[count] by rows of `stride` as a right side whose sum is along them, vectors side by side in rows of `width`; zeros
 // beyond `count` up to `size`.
 template <class T>
 inline void copy_right(const T* x, int64_t count, int64_t size, int64_t dim, int64_t stride, float* to, int64_t width) {
-  for (int64_t s = 0; s < count; ++s) copy_row(x + s * stride, dim, 1.0f, to + s * width);
+  for (int64_t s = 0; s < count; ++s) {
+    prefetch_row(x + (s + kAhead) * stride, dim);
+    copy_row(x + s * stride, dim, 1.0f, to + s * width);
+  }
   memset(to + count * width, 0, (size - count) * width * sizeof(float));
 }
 inline void copy_right(const bf16* x, int64_t count, int64_t size, int64_t dim, int64_t stride, Pair* to,
                        int64_t width) {
   for (int64_t s = 0; s < count; s += 2, to += width) {
     const bf16 *first = x + s * stride, *second = s + 1 < count ? first + stride : nullptr;
+    prefetch_row(first + kAhead * stride, dim);
+    prefetch_row(first + (kAhead + 1) * stride, dim);
     int64_t d = 0;
     for (; d + MJK_LANES <= dim; d += MJK_LANES)
       store(to + d, (vf)(widened(first + d) | (second ? widened(second + d) << 16 : vu{})));
