@@ -253,6 +253,10 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
         const Range range = ranges[t / kTile] = segments.range(t0, t0 + count);
         const int64_t vectors = (range.last - range.first) / MJK_LANES;
         const Left<Unit> left = {lefts, units, 1};
+        for (int64_t i = 0; i < count; ++i) {
+          prefetch_row(out + start + i * stride, dim);
+          prefetch_row(dq + start + i * stride, dim);
+        }
         copy_left(q + start, count, dim, stride, lefts, units);
         row_product(count, vectors, units, left,
                     Right<Unit>{key_columns + range.first * units, MJK_LANES, units * MJK_LANES}, scores + range.first,
