@@ -122,6 +122,22 @@ inline vf seen_only(const int32_t* places, int32_t limit, vf x, float otherwise)
   return select(load_int(places) <= splat_int(limit), x, splat(otherwise));
 }
 
+// Where the keys and values of a task start.
+inline int64_t task_start(const mjk_attention_shape& shape, int64_t task) {
+  return (task / shape.kv_heads * shape.keys * shape.kv_heads + task % shape.kv_heads) * shape.dim;
+}
+
+// Fetches keys and values of the next task, which this thread may be given, by so many rows at a time.
+template <class T>
+inline void prefetch_next(const mjk_attention_shape& shape, const T* k, const T* v, int64_t task, int64_t t0) {
+  if (task + 1 == shape.rows * shape.kv_heads) return;
+  for (int64_t s = t0; s < least(t0 + kTile, shape.keys); ++s) {
+    const int64_t at = task_start(shape, task + 1) + s * shape.kv_heads * shape.dim;
+    prefetch_row(k + at, shape.dim);
+    prefetch_row(v + at, shape.dim);
+  }
+}
+
 template <class T>
 void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, const T* v, const int32_t* q_segments,
                     const int32_t* kv_segments, const int32_t* q_index, T* out, float* normaliser, int64_t task) {
@@ -129,7 +145,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
   constexpr int64_t terms = kTerms<Unit>;
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
-  const int64_t kv_start = row * shape.keys * kv_stride + head * dim;
+  const int64_t kv_start = task_start(shape, task);
   const int64_t size = round_up(shape.keys, MJK_LANES), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
   void* parts[7];
   carve({Segments::words(shape.keys), size * units, size / terms * width, kTile * units, kTile * size,
@@ -147,6 +163,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
     for (int64_t t0 = 0; t0 < shape.queries; t0 += kTile) {
       const int64_t count = least(kTile, shape.queries - t0), start = (row * shape.queries + t0) * stride + h * dim;
       const Range range = segments.range(t0, t0 + count);
+      prefetch_next(shape, k, v, task, t0);
       const int64_t vectors = (range.last - range.first) / MJK_LANES;
       copy_left(q + start, count, dim, stride, queries, units);
       row_product(count, vectors, units, Left<Unit>{queries, units, 1},
@@ -217,7 +234,7 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
   constexpr int64_t terms = kTerms<Unit>;
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
-  const int64_t kv_start = row * shape.keys * kv_stride + head * dim;
+  const int64_t kv_start = task_start(shape, task);
   const int64_t size = round_up(shape.keys, MJK_LANES), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
   const int64_t block = block_rows(shape);
   void* parts[15];
@@ -245,26 +262,26 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
       const int64_t rows = least(block, shape.queries - block0), even = round_up(rows, terms);
       const int64_t block_start = (row * shape.queries + block0) * stride + h * dim;
       const Range all = segments.range(block0, block0 + rows);
-      copy_right(q + block_start, rows, even, dim, stride, queries, width);
-      copy_right(g + block_start, rows, even, dim, stride, gradients, width);
       Range ranges[kMaxBlock / kTile];
       for (int64_t t = 0; t < rows; t += kTile) {
         const int64_t t0 = block0 + t, count = least(kTile, rows - t), start = block_start + t * stride;
         const Range range = ranges[t / kTile] = segments.range(t0, t0 + count);
         const int64_t vectors = (range.last - range.first) / MJK_LANES;
-        const Left<Unit> left = {lefts, units, 1};
+        Unit *query_rows = queries + t / terms * width, *gradient_rows = gradients + t / terms * width;
+        prefetch_next(shape, k, v, task, t0);
         for (int64_t i = 0; i < count; ++i) {
           prefetch_row(out + start + i * stride, dim);
           prefetch_row(dq + start + i * stride, dim);
         }
-        copy_left(q + start, count, dim, stride, lefts, units);
-        row_product(count, vectors, units, left,
-                    Right<Unit>{key_columns + range.first * units, MJK_LANES, units * MJK_LANES}, scores + range.first,
-                    size, false);
-        copy_left(g + start, count, dim, stride, lefts, units);
-        row_product(count, vectors, units, left,
-                    Right<Unit>{value_columns + range.first * units, MJK_LANES, units * MJK_LANES},
-                    d_weights + range.first, size, false);
+        const auto score = [&](const T* x, Unit* rights, const Unit* columns, float* to) {
+          copy_right(x + start, count, round_up(count, terms), dim, stride, rights, width);
+          if (terms == 2) copy_left(x + start, count, dim, stride, lefts, units);
+          row_product(count, vectors, units, terms == 2 ? Left<Unit>{lefts, units, 1} : Left<Unit>{rights, width, 1},
+                      Right<Unit>{columns + range.first * units, MJK_LANES, units * MJK_LANES}, to + range.first, size,
+                      false);
+        };
+        score(q, query_rows, key_columns, scores);
+        score(g, gradient_rows, value_columns, d_weights);
         for (int64_t i = 0; i < count; i += 2) {
           int32_t limits[2];
           const int32_t* places[2];
@@ -317,6 +334,10 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
             last = least(even, t + kTile);
           }
         if (first >= last) continue;
+        for (int64_t i = s; i < s + count; ++i) {
+          prefetch_row(dk + kv_start + i * kv_stride, dim);
+          prefetch_row(dv + kv_start + i * kv_stride, dim);
+        }
         const int64_t depth = (last - first) / terms, left = first / terms * size + s, right = first / terms * width;
         row_product(count, width / MJK_LANES, depth, Left<Unit>{d_scores + left, 1, size},
                     Right<Unit>{queries + right, width, MJK_LANES}, d_keys + s * width, width, true);
