@@ -164,6 +164,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
       const int64_t count = least(kTile, shape.queries - t0), start = (row * shape.queries + t0) * stride + h * dim;
       const Range range = segments.range(t0, t0 + count);
       prefetch_next(shape, k, v, task, t0);
+      for (int64_t i = 0; i < count; ++i) prefetch_row(out + start + i * stride, dim);
       const int64_t vectors = (range.last - range.first) / MJK_LANES;
       copy_left(q + start, count, dim, stride, queries, units);
       row_product(count, vectors, units, Left<Unit>{queries, units, 1},
