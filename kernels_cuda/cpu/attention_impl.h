@@ -122,6 +122,9 @@ inline vf seen_only(const int32_t* places, int32_t limit, vf x, float otherwise)
   return select(load_int(places) <= splat_int(limit), x, splat(otherwise));
 }
 
+// Keys padded to whole vectors, and to an odd number of cache lines of floats: columns of such rows spread over the sets.
+inline int64_t padded_keys(int64_t keys) { return round_up(keys, MJK_LANES) | 16; }
+
 // Where the keys and values of a task start.
 inline int64_t task_start(const mjk_attention_shape& shape, int64_t task) {
   return (task / shape.kv_heads * shape.keys * shape.kv_heads + task % shape.kv_heads) * shape.dim;
@@ -146,7 +149,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
   const int64_t kv_start = task_start(shape, task);
-  const int64_t size = round_up(shape.keys, MJK_LANES), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
+  const int64_t size = padded_keys(shape.keys), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
   void* parts[7];
   carve({Segments::words(shape.keys), size * units, size / terms * width, kTile * units, kTile * size,
          kTile * size / terms, kTile * width},
@@ -223,7 +226,7 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
 
 // Queries whose weights are kept together for the gradients of keys and values.
 inline int64_t block_rows(const mjk_attention_shape& shape) {
-  const int64_t fitting = kBlockBytes / 4 / round_up(shape.keys, MJK_LANES) / kTile * kTile;
+  const int64_t fitting = kBlockBytes / 4 / padded_keys(shape.keys) / kTile * kTile;
   return least(kMaxBlock, most(kTile, fitting));
 }
 
@@ -236,7 +239,7 @@ void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* 
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
   const int64_t kv_start = task_start(shape, task);
-  const int64_t size = round_up(shape.keys, MJK_LANES), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
+  const int64_t size = padded_keys(shape.keys), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
   const int64_t block = block_rows(shape);
   void* parts[15];
   carve({Segments::words(shape.keys), size * units, size * units, size / terms * width, kTile * units, block / terms * width,
