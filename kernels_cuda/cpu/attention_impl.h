@@ -45,7 +45,10 @@ class Segments {
         key_(static_cast<int32_t*>(memory)) {
     memcpy(key_, kv + row * shape.keys, shape.keys * sizeof(int32_t));
     memset(key_ + shape.keys, 0, (size_ - shape.keys) * sizeof(int32_t));
-    for (int i = 0; i < 2; ++i) seen_[i] = {0, {}, key_ + (i + 1) * size_};
+    for (int i = 0; i < 2; ++i) {
+      seen_[i].places = key_ + (i + 1) * size_;
+      find(0, &seen_[i]);
+    }
   }
   static int64_t words(int64_t keys) { return 3 * round_up(keys, MJK_LANES); }
 
@@ -83,22 +86,24 @@ class Segments {
   };
 
   const Seen& seen(int64_t t) {
-    Seen& of = seen_[t % 2];
-    const int32_t segment = t < queries_ ? query_[t] : 0;
-    if (segment == of.segment || segment == 0) return of;
-    of.segment = segment;
+    Seen* of = &seen_[t % 2];
+    if (limit(t) >= 0 && query_[t] != of->segment) find(query_[t], of);
+    return *of;
+  }
+
+  void find(int32_t segment, Seen* of) {
     const vi hidden = splat_int(kHidden);
     vi first = hidden, last = splat_int(-1), place = lanes();
     for (int64_t s = 0; s < size_; s += MJK_LANES, place += MJK_LANES) {
       const vi same = load_int(key_ + s) == segment, seen = same ? place : hidden;
-      memcpy(of.places + s, &seen, sizeof seen);
+      memcpy(of->places + s, &seen, sizeof seen);
       first = seen < first ? seen : first;
       last = same ? place : last;
     }
-    of.range = {kHidden, 0};
+    of->segment = segment;
+    of->range = {kHidden, 0};
     for (int i = 0; i < MJK_LANES; ++i)
-      of.range = {least(of.range.first, first[i]), most(of.range.last, (int64_t)last[i] + 1)};
-    return of;
+      of->range = {least(of->range.first, first[i]), most(of->range.last, (int64_t)last[i] + 1)};
   }
 
   static vi lanes() {
