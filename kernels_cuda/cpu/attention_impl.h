@@ -1,8 +1,8 @@
 // Attention inside segments and its gradient, for one instruction set; included inside a namespace.
 //
 // One task is one key/value head of one row of the batch. Its keys and values are copied once, as right sides of the
-// products below; queries go by the rows of a register tile, and of the keys a tile looks at those alone that one of its
-// queries may see. Softmax is in float32. Each sum has one fixed order, whatever the threads.
+// products below; queries go by the rows of a register tile, and of the keys a tile looks at those alone that one of
+// its queries may see. Softmax is in float32. Each sum has one fixed order, whatever the threads.
 #pragma once
 #include <math.h>
 
@@ -58,8 +58,8 @@ class Segments {
     return index_[t] < 0 ? kHidden - 1 : index_[t];
   }
 
-  // Of query t's segment: the place of each of its keys, more than any limit for all other keys. They stay until another
-  // query of the same parity is asked for.
+  // The place of each key of query t's segment, and for other keys more than any limit; of use to a query that sees
+  // something. They stay until another query of the same parity is asked for.
   const int32_t* places(int64_t t) { return seen(t).places; }
 
   // What lies outside is seen by none of the queries [t0, t1).
@@ -118,7 +118,7 @@ class Segments {
   Seen seen_[2];
 };
 
-// Keys of a row that may be seen, among those of its tile.
+// Where the keys end that a query of that limit may see, of those of its tile.
 inline int64_t row_end(const Range& range, int32_t limit) {
   return most(range.first, least(range.last, round_up((int64_t)limit + 1, MJK_LANES)));
 }
@@ -127,7 +127,7 @@ inline vf seen_only(const int32_t* places, int32_t limit, vf x, float otherwise)
   return select(load_int(places) <= splat_int(limit), x, splat(otherwise));
 }
 
-// Keys padded to whole vectors, and to an odd number of cache lines of floats: columns of such rows spread over the sets.
+// Keys padded to whole vectors and an odd number of cache lines of floats: columns of such rows spread over the sets.
 inline int64_t padded_keys(int64_t keys) { return round_up(keys, MJK_LANES) | 16; }
 
 // Where the keys and values of a task start.
@@ -135,7 +135,7 @@ inline int64_t task_start(const mjk_attention_shape& shape, int64_t task) {
   return (task / shape.kv_heads * shape.keys * shape.kv_heads + task % shape.kv_heads) * shape.dim;
 }
 
-// Fetches keys and values of the next task, which this thread may be given, by so many rows at a time.
+// Fetches some keys and values of the next task, which this thread may be given.
 template <class T>
 inline void prefetch_next(const mjk_attention_shape& shape, const T* k, const T* v, int64_t task, int64_t t0) {
   if (task + 1 == shape.rows * shape.kv_heads) return;
@@ -154,7 +154,8 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
   const int64_t kv_start = task_start(shape, task);
-  const int64_t size = padded_keys(shape.keys), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
+  const int64_t size = padded_keys(shape.keys), width = round_up(dim, MJK_LANES);
+  const int64_t units = (dim + terms - 1) / terms;
   void* parts[7];
   carve({Segments::words(shape.keys), size * units, size / terms * width, kTile * units, kTile * size,
          kTile * size / terms, kTile * width},
@@ -215,8 +216,10 @@ void attention_task(const mjk_attention_shape& shape, const T* q, const T* k, co
       } else {
         // Rounded as weights of the dtype, which is what decoding does too: the two must agree.
         for (int64_t i = 0; i < count; ++i) {
-          for (int64_t s = range.first; s < range.last; s += MJK_LANES)
-            store_along(weights + (i * size + s) / terms, rounded(load(scores + i * size + s) * factors[i], q));
+          for (int64_t s = range.first; s < range.last; s += MJK_LANES) {
+            const vf weight = load(scores + i * size + s) * factors[i];
+            store_along(weights + (i * size + s) / terms, terms == 2 ? weight : rounded(weight, q));
+          }
           factors[i] = 1.0f;
         }
         left = weights;
@@ -236,20 +239,20 @@ inline int64_t block_rows(const mjk_attention_shape& shape) {
 }
 
 template <class T>
-void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* k, const T* v, const int32_t* q_segments,
-                         const int32_t* kv_segments, const int32_t* q_index, const T* out, const float* normaliser,
-                         const T* g, T* dq, T* dk, T* dv, int64_t task) {
+void attention_grad_task(const mjk_attention_shape& shape, const T* q, const T* k, const T* v,
+                         const int32_t* q_segments, const int32_t* kv_segments, const int32_t* q_index, const T* out,
+                         const float* normaliser, const T* g, T* dq, T* dk, T* dv, int64_t task) {
   using Unit = typename UnitOf<T>::type;
   constexpr int64_t terms = kTerms<Unit>;
   const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, dim = shape.dim;
   const int64_t group = shape.heads / shape.kv_heads, kv_stride = shape.kv_heads * dim, stride = shape.heads * dim;
   const int64_t kv_start = task_start(shape, task);
-  const int64_t size = padded_keys(shape.keys), width = round_up(dim, MJK_LANES), units = (dim + terms - 1) / terms;
-  const int64_t block = block_rows(shape);
+  const int64_t size = padded_keys(shape.keys), width = round_up(dim, MJK_LANES);
+  const int64_t units = (dim + terms - 1) / terms, block = block_rows(shape);
   void* parts[15];
-  carve({Segments::words(shape.keys), size * units, size * units, size / terms * width, kTile * units, block / terms * width,
-         block / terms * width, kTile * size, kTile * size, block / terms * size, block / terms * size,
-         kTile * size / terms, size * width, size * width, kTile * width},
+  carve({Segments::words(shape.keys), size * units, size * units, size / terms * width, kTile * units,
+         block / terms * width, block / terms * width, kTile * size, kTile * size, block / terms * size,
+         block / terms * size, kTile * size / terms, size * width, size * width, kTile * width},
         parts);
   const auto unit_part = [&](int i) { return static_cast<Unit*>(parts[i]); };
   const auto float_part = [&](int i) { return static_cast<float*>(parts[i]); };

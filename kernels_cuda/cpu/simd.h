@@ -55,9 +55,7 @@ static inline vu widened(const bf16* p) {
   return __builtin_convertvector(h, vu);
 #endif
 }
-static inline vf load(const bf16* p) {
-  return (vf)(widened(p) << 16);
-}
+static inline vf load(const bf16* p) { return (vf)(widened(p) << 16); }
 // To the nearest, ties to even; a NaN stays one.
 static inline void store(bf16* p, vf v) {
   vu u = (vu)v;
@@ -101,14 +99,14 @@ static inline float sum(vf4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 static inline float largest(vf4 v) { return larger(larger(v[0], v[1]), larger(v[2], v[3])); }
 
 #if MJK_LANES >= 8
-static inline vf4 low_half(vf8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
-static inline vf4 high_half(vf8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+static inline vf4 low_half(vf8 v) { return (vf4)_mm256_castps256_ps128((__m256)v); }
+static inline vf4 high_half(vf8 v) { return (vf4)_mm256_extractf128_ps((__m256)v, 1); }
 static inline float sum(vf8 v) { return sum(low_half(v) + high_half(v)); }
 static inline float largest(vf8 v) { return largest(low_half(v) > high_half(v) ? low_half(v) : high_half(v)); }
 #endif
 #if MJK_LANES >= 16
-static inline vf8 low_half(vf v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
-static inline vf8 high_half(vf v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+static inline vf8 low_half(vf v) { return (vf8)_mm512_castps512_ps256((__m512)v); }
+static inline vf8 high_half(vf v) { return (vf8)_mm512_extractf32x8_ps((__m512)v, 1); }
 static inline float sum(vf v) { return sum(low_half(v) + high_half(v)); }
 static inline float largest(vf v) { return largest(low_half(v) > high_half(v) ? low_half(v) : high_half(v)); }
 #endif

@@ -1,7 +1,7 @@
 // Small products whose operands are copied once, for one instruction set; included inside a namespace.
 //
-// They are copied in units of four bytes along the sum: a float32 or, where the instruction set multiplies those, a pair
-// of bfloat16. Of the right side a unit is one column's, so a vector of them is of MJK_LANES columns.
+// They are copied in units of four bytes along the sum: a float32 or, where the instruction set multiplies those, a
+// pair of bfloat16. A vector of units of the right side is of MJK_LANES columns.
 #pragma once
 #include "simd.h"
 
@@ -73,7 +73,8 @@ constexpr int64_t kTile = MJK_LANES == 16 ? 12 : 6;  // rows of a register tile
 constexpr int64_t kTileVectors = 2;
 
 template <int rows, int vectors, class Unit>
-__attribute__((noinline)) void tile_product(int64_t depth, const Left<Unit>& a, const Right<Unit>& b, float* c, int64_t c_row, bool add) {
+__attribute__((noinline)) void tile_product(int64_t depth, const Left<Unit>& a, const Right<Unit>& b, float* c,
+                                            int64_t c_row, bool add) {
   vf sums[rows][vectors];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i)
@@ -122,7 +123,8 @@ inline void copy_rest(const bf16* x, int64_t terms, float* to) {
   for (int64_t d = 0; d < terms; ++d) to[d] = to_float(x[d]);
 }
 inline void copy_rest(const bf16* x, int64_t terms, Pair* to) {
-  for (int64_t d = 0; d < terms; d += 2) to[d / 2].bits = x[d].bits | (d + 1 < terms ? (uint32_t)x[d + 1].bits << 16 : 0);
+  for (int64_t d = 0; d < terms; d += 2)
+    to[d / 2].bits = x[d].bits | (d + 1 < terms ? (uint32_t)x[d + 1].bits << 16 : 0);
 }
 
 // Rows of `stride` lie too far apart for the processor to foresee.
@@ -144,24 +146,28 @@ inline void copy_left(const T* x, int64_t count, int64_t dim, int64_t stride, Un
   }
 }
 
-// Transposes a square of MJK_LANES: in each step rows i and i + half are merged into 2 i and 2 i + 1.
+// Transposes a square.
 inline void transpose(vf (&rows)[MJK_LANES]) {
-  constexpr int half = MJK_LANES / 2;
-  vi low, high;
-  for (int i = 0; i < MJK_LANES; ++i) {
-    low[i] = i / 2 + i % 2 * MJK_LANES;
-    high[i] = low[i] + half;
-  }
-  for (int step = 1; step < MJK_LANES; step *= 2) {
-    vf merged[MJK_LANES];
+#if MJK_LANES == 16
+  // In each step rows i and i + 8 are merged into 2 i and 2 i + 1.
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int step = 0; step < 4; ++step) {
+    vf merged[16];
 #pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) {
-      merged[2 * i] = __builtin_shuffle(rows[i], rows[i + half], low);
-      merged[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + half], high);
+    for (int i = 0; i < 8; ++i) {
+      merged[2 * i] = (vf)_mm512_permutex2var_ps((__m512)rows[i], low, (__m512)rows[i + 8]);
+      merged[2 * i + 1] = (vf)_mm512_permutex2var_ps((__m512)rows[i], high, (__m512)rows[i + 8]);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < MJK_LANES; ++i) rows[i] = merged[i];
+    for (int i = 0; i < 16; ++i) rows[i] = merged[i];
   }
+#else
+  float x[MJK_LANES][MJK_LANES];
+  for (int i = 0; i < MJK_LANES; ++i)
+    for (int j = 0; j < MJK_LANES; ++j) x[j][i] = rows[i][j];
+  memcpy(rows, x, sizeof x);
+#endif
 }
 
 // x[count] by rows of `stride` as columns of a right side whose sum is along `dim`: vectors units * MJK_LANES apart,
