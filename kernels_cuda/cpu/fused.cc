@@ -263,7 +263,7 @@ int mjk_unpermute(void* stream, mjk_dtype dtype, int64_t rows, int64_t tokens, i
                   const void* x, const int32_t* index, const float* weight, void* out) {
   const Fused* kernels = fused_for(dtype);
   if (!kernels) return MJK_UNSUPPORTED;
-  for_each_part(stream, tokens, 1, k * (choices + 1), [&](int64_t, int64_t first, int64_t last) {
+  for_each_part(stream, Parts(tokens, 1, k * (choices + 1)), [&](int64_t, int64_t first, int64_t last) {
     kernels->combine(first, last, rows, choices, k, x, index, weight, out);
   });
   return MJK_OK;

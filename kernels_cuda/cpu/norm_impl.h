@@ -21,15 +21,11 @@ inline vf4 sums(const Sums& v) {
   vf4 part[4];
   for (int r = 0; r < 4; ++r) {
 #if MJK_LANES == 16
-    vf8 upper, lower;
-    halve(v[r], &lower, &upper);
-    const vf8 half = lower + upper;
+    const vf8 half = low_half(v[r]) + high_half(v[r]);
 #else
     const vf8 half = v[r];
 #endif
-    vf4 low, high;
-    halve(half, &low, &high);
-    part[r] = low + high;
+    part[r] = low_half(half) + high_half(half);
   }
   return (vf4)_mm_hadd_ps(_mm_hadd_ps((__m128)part[0], (__m128)part[1]),
                           _mm_hadd_ps((__m128)part[2], (__m128)part[3]));

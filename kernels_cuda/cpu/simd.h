@@ -62,11 +62,12 @@ static inline vh narrow(vu u) {
   return __builtin_convertvector(u, vh);
 #endif
 }
-static inline vf load(const bf16* p) {
+static inline vu widened(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);
-  return (vf)(widen(h) << 16);
+  return widen(h);
 }
+static inline vf load(const bf16* p) { return (vf)(widened(p) << 16); }
 
 // rounded(x, p) is x as if stored at p, round_half what is stored.
 #ifdef __AVX512BF16__
@@ -134,34 +135,17 @@ static inline float larger(float a, float b) { return a > b ? a : b; }
 static inline float sum(vf4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 static inline float largest(vf4 v) { return larger(larger(v[0], v[1]), larger(v[2], v[3])); }
 
-template <class Half, class Vector>
-static inline void halve(const Vector& v, Half* low, Half* high) {
-  memcpy(low, &v, sizeof(Half));
-  memcpy(high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
-}
 #if MJK_LANES >= 8
-static inline float sum(vf8 v) {
-  vf4 low, high;
-  halve(v, &low, &high);
-  return sum(low + high);
-}
-static inline float largest(vf8 v) {
-  vf4 low, high;
-  halve(v, &low, &high);
-  return largest(low > high ? low : high);
-}
+static inline vf4 low_half(vf8 v) { return (vf4)_mm256_castps256_ps128((__m256)v); }
+static inline vf4 high_half(vf8 v) { return (vf4)_mm256_extractf128_ps((__m256)v, 1); }
+static inline float sum(vf8 v) { return sum(low_half(v) + high_half(v)); }
+static inline float largest(vf8 v) { return largest(low_half(v) > high_half(v) ? low_half(v) : high_half(v)); }
 #endif
 #if MJK_LANES >= 16
-static inline float sum(vf v) {
-  vf8 low, high;
-  halve(v, &low, &high);
-  return sum(low + high);
-}
-static inline float largest(vf v) {
-  vf8 low, high;
-  halve(v, &low, &high);
-  return largest(low > high ? low : high);
-}
+static inline vf8 low_half(vf v) { return (vf8)_mm512_castps512_ps256((__m512)v); }
+static inline vf8 high_half(vf v) { return (vf8)_mm512_extractf32x8_ps((__m512)v, 1); }
+static inline float sum(vf v) { return sum(low_half(v) + high_half(v)); }
+static inline float largest(vf v) { return largest(low_half(v) > high_half(v) ? low_half(v) : high_half(v)); }
 #endif
 
 static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
@@ -244,13 +228,13 @@ static inline V reciprocal(V x) {
 #endif
 }
 
-// e^x within 2 units in the last place for x in [-87, 88]; 0 below, the value at 88 above.
+// e^x within 2 units in the last place for x in [-87, 88], 0 below, nothing of use above.
 // 2^n e^r with |r| <= ln 2 / 2, ln 2 in two parts; the polynomial is a minimax fit of the relative error (2e-9).
 template <class V>
-static inline V exponential(V x) {
+static inline V exponential_to_88(V x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const V bounded = at_most(88.0f, x), shifted = bounded * 1.44269504088896341f + shift, n = shifted - shift;
-  const V r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  const V shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   V p = r * 1.3843607e-3f + 8.3741955e-3f;
   p = p * r + 4.1668005e-2f;
   p = p * r + 1.6666430e-1f;
@@ -258,6 +242,31 @@ static inline V exponential(V x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return zero_below(-87.0f, x, times_power_of_two(p, shifted));
+}
+
+// The same, and the value at 88 above.
+template <class V>
+static inline V exponential(V x) {
+  return exponential_to_88(at_most(88.0f, x));
+}
+
+// The natural logarithm within 2 units in the last place of a positive, normal, finite x.
+// x = 2^n m with m in [sqrt(1/2), sqrt(2)); the polynomial is that of Cephes, logf.
+static inline vf logarithm(vf x) {
+  const vi shifted = (vi)x - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const vf n = __builtin_convertvector(shifted >> 23, vf);
+  const vf m = (vf)((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vf square = m * m;
+  return n * 0.693359375f + (m + (square * (p * m - 0.5f) - n * 2.12194440e-4f));
 }
 
 namespace {
@@ -371,12 +380,12 @@ inline void copy_row(const T* from, int64_t size, float factor, float* to) {
 }
 
 template <class T>
-inline float dot(const float* a, const T* b, int64_t size) {
+inline float dot(const T* a, const T* b, int64_t size) {
   vf total = {};
   int64_t d = 0;
   for (; d + MJK_LANES <= size; d += MJK_LANES) total += load(a + d) * load(b + d);
   float rest = sum(total);
-  for (; d < size; ++d) rest += a[d] * to_float(b[d]);
+  for (; d < size; ++d) rest += to_float(a[d]) * to_float(b[d]);
   return rest;
 }
 

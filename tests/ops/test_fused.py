@@ -233,6 +233,44 @@ def test_attention(shape: tuple[int, ...], causal: bool, dtype: Any) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("shape", [(205, 77, 4, 2, 33), (31, 230, 7, 1, 88), (13, 5, 2, 2, 128)], ids=str)
+def test_attention_to_any_keys(shape: tuple[int, ...], dtype: Any, path: str) -> None:
+    """Segments in any order, other keys than queries and limits that do not grow, each tensor against float64."""
+    if path == "jnp":
+        return
+    queries, keys, heads, kv_heads, dim = shape
+    batch, rng = 3, np.random.default_rng(0)
+    q_ids, kv_ids = (rng.integers(0, 4, (batch, size)).astype(np.int32) for size in (queries, keys))
+    q_ids[1, 1::2] = 0
+    q_ids[2], kv_ids[2] = 2, np.arange(keys) % 7 // 6 + 2
+    q_index = rng.integers(-keys // 4, keys, queries).astype(np.int32)
+    seen = (q_ids[:, :, None] == kv_ids[:, None]) & (q_ids != 0)[:, :, None]
+    seen &= (np.arange(keys) <= q_index[:, None]) | (q_index < 0)[:, None]
+    sizes = ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
+    q, k, v, g = (jnp.asarray(normal(i, batch, *size, dim), dtype) for i, size in enumerate(sizes))
+    masks = tuple(jnp.asarray(x) for x in (q_ids, kv_ids, q_index))
+    out, normaliser = jax_fused.attention(q, k, v, *masks)
+    gradients = jax_fused.attention_grad(q, k, v, *masks, out, normaliser, g)
+
+    tensors = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (q, k, v)]
+    wide = [x.repeat_interleave(heads // x.shape[2], 2) for x in tensors]
+    scores = torch.einsum("btnd,bsnd->bnts", *wide[:2]) * dim**-0.5
+    scores = scores.masked_fill(~torch.tensor(seen)[:, None], -torch.inf)
+    blind = torch.tensor(~seen.any(2))[:, None, :, None]
+    wanted = torch.einsum("bnts,bsnd->btnd", torch.where(blind, 0.0, scores).softmax(3).where(~blind, 0.0), wide[2])
+    wanted.backward(torch.tensor(np.asarray(g, np.float64)))
+    references = [wanted.detach(), *(x.grad for x in tensors)]
+    for got, reference in zip((out, *gradients), references, strict=True):
+        assert reference is not None
+        difference = np.linalg.norm(np.asarray(got, np.float64) - reference.numpy())
+        assert difference < BOUNDS[dtype] * np.linalg.norm(reference.numpy())
+    total = np.asarray(scores.detach().logsumexp(3))
+    total[np.isneginf(total)] = np.inf
+    np.testing.assert_allclose(normaliser, total, rtol=1e-5, atol=1e-5)
+    assert np.isinf(total).any() and not np.asarray(out)[~seen.any(2)].any()
+
+
+@dtypes
 def test_garbage_in_padding_changes_nothing(dtype: Any) -> None:
     ids = jnp.asarray([[1] * 20 + [0] * 13], jnp.int32)
     q, k, v = (jnp.asarray(normal(i, 1, 33, 2, 32), dtype) for i in range(3))
@@ -322,7 +360,7 @@ def test_a_mesh_of_cpu_devices_takes_the_jnp_path(path: str) -> None:
         assert ran.stdout.strip() == wanted
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512f"])
 def test_lower_instruction_sets(isa: str, path: str) -> None:
     """The tests above, in a process whose library may use no more than that."""
     if path == "jnp" or os.environ.get("MINDJAX_CPU_ISA"):
