@@ -320,8 +320,10 @@ struct FromSource {
     const auto* p = reinterpret_cast<const typename S::Source*>(at + k * row);
     const auto* next = reinterpret_cast<const typename S::Source*>(at + (k + 1) * row);
     load_across(S(), p, S::kPerWord == 2 && k + 1 < depth ? next : nullptr, lanes, low, high);
-    _mm512_storeu_si512(panel + w * 32, low);
-    _mm512_storeu_si512(panel + w * 32 + 16, high);
+    if (panel) {
+      _mm512_storeu_si512(panel + w * 32, low);
+      _mm512_storeu_si512(panel + w * 32 + 16, high);
+    }
     if (k + S::kPerWord > ahead_depth) return;
     const char *line = ahead + k * row, *second = line + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine);
     if (row % kSetStride == 0) {  // L1 has no room for these rows
@@ -422,7 +424,7 @@ struct VectorTile {
   }
 
   static void stream(const Block& block, char* scratch) { stream_block<VectorTile>(block, scratch); }
-  // The first tile of a column of tiles packs B into `panel`.
+  // The first tile of a column of tiles packs B into `panel`, where others follow.
   static void stream_tile(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
                      const Rows& a, Packed* panel, float* sums, bool first, const Ahead& ahead) {
     auto* words = reinterpret_cast<int32_t*>(panel);

@@ -164,7 +164,8 @@ void stream_block(const Block& block, char* scratch) {
       for (int64_t i = 0; i < layout.row_panels; ++i) {
         const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
         float* sums = c + (j * layout.row_panels + i) * Tile::kRows * Tile::kColumns;
-        Tile::stream_tile(block, k0, depth, n0, rows, i == 0, panels[i], b, sums, first, ahead);
+        Packed* panel = layout.row_panels > 1 ? b : nullptr;
+        Tile::stream_tile(block, k0, depth, n0, rows, i == 0, panels[i], panel, sums, first, ahead);
         if (last) Tile::store(block, m0, rows, n0, smaller(Tile::kColumns, block.n - n0), sums);
       }
     }
