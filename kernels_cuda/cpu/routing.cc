@@ -108,7 +108,9 @@ int mjk_choose_experts_grad(void* stream, int64_t tokens, int64_t experts, int64
 int mjk_sort_by_expert(int64_t tokens, int64_t experts, int64_t choices, const int32_t* chosen, const float* weights,
                        int32_t* token, int32_t* back, int32_t* load, float* scales) {
   std::vector<int32_t> next(size_t(experts + 1));
-  const auto group = [=](int64_t i) { return chosen[i] < 0 || chosen[i] > experts ? size_t(experts) : size_t(chosen[i]); };
+  const auto group = [=](int64_t i) {
+    return size_t(chosen[i] < 0 || chosen[i] > experts ? experts : int64_t(chosen[i]));
+  };
   for (int64_t i = 0; i < tokens * choices; ++i) ++next[group(i)];
   int32_t start = 0;
   for (int64_t e = 0; e <= experts; ++e) {
