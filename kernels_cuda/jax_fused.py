@@ -14,6 +14,7 @@ from kernels_cuda import library
 Array = jax.Array
 
 TARGETS = (
+    "linear",
     "attention",
     "attention_grad",
     "decode_attention",
@@ -51,6 +52,11 @@ def usable() -> bool:
     On a mesh of CPU devices the same operations in jnp are divided like on any other device.
     """
     return jax.device_count() == 1 and available()
+
+
+def linear(x: Array, w: Array, bias: Array) -> Array:
+    """x [..., K] by w [K, N] plus bias [N] float32, rounded once: [..., N]."""
+    return _call("linear", jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), x.dtype))(x, w, bias)
 
 
 def attention(

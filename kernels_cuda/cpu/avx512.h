@@ -244,6 +244,10 @@ void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64
     const int64_t at = (m0 + i) * block.ldc + n0;
     __m512 x = _mm512_loadu_ps(sums), y = _mm512_loadu_ps(sums + 16);
     reorder(order, x, y);
+    if (block.bias) {
+      x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(low, block.bias + n0));
+      if (high) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(high, block.bias + n0 + 16));
+    }
     if (block.out == MJK_BF16) {
       uint16_t* c = static_cast<uint16_t*>(block.c) + at;
 #ifdef __AVX512BF16__

@@ -115,6 +115,12 @@ void products(void* pool, mjk_dtype type, int64_t k, int64_t n, const std::vecto
   ok("tgmm", mjk_tgmm(pool, type, MJK_F32, 1, rows, k, n, groups, groups, 0, x.get(), g.get(), sizes_.get(), dw.get()));
   for (double& v : dw_) v *= 2;
   compare("tgmm, added", dw, dw_, 1e-6);
+  if (groups != 1 || used != rows) return;
+  Guarded<float> bias(n);
+  fill(bias, n);
+  for (size_t i = 0; i < out_.size(); ++i) out_[i] += bias[int64_t(i) % n];
+  ok("linear", mjk_linear(pool, type, rows, k, n, x.get(), w.get(), bias.get(), out.get()));
+  compare("linear", out, out_, bound);
 }
 
 void quantised(void* pool, int64_t k, int64_t n, int32_t size, int64_t rows) {
@@ -320,6 +326,8 @@ int main() {
     products<uint16_t>(stream, MJK_BF16, 2100, 40, {5, 40}, 45);  // more of k than is packed at a time
     products<float>(stream, MJK_F32, 400, 40, {5, 40}, 45);
     products<uint16_t>(stream, MJK_BF16, 40, 48, {2100}, 2100);
+    products<uint16_t>(stream, MJK_BF16, 40, 70, {50}, 50);
+    products<float>(stream, MJK_F32, 40, 70, {50}, 50);
     mjk_pool_destroy(pool);
   }
   std::printf("%s: %d failures\n", mjk_isa(), failures);

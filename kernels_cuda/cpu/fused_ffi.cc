@@ -32,6 +32,12 @@ mjk_attention_shape attention_shape(const AnyBuffer& q, const AnyBuffer& k) {
   return {queries[0], queries[1], keys[1], queries[2], keys[2], queries[3]};
 }
 
+ffi::Error linear(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer w, Floats bias, Result<AnyBuffer> out) {
+  mindjax::Stream stream(threads);
+  return answer(mjk_linear(stream.get(), dtype_of(x), rows_of(x), last_of(x), last_of(w), x.untyped_data(),
+                           w.untyped_data(), bias.typed_data(), out->untyped_data()));
+}
+
 ffi::Error attention(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ints q_segments, Ints kv_segments,
                      Ints q_index, Result<AnyBuffer> out, Result<Floats> normaliser) {
   mindjax::Stream stream(threads);
@@ -174,6 +180,7 @@ ffi::Error expert_shares(ffi::ThreadPool threads, Ints chosen, Ints segments, Re
 #define MJK_OUT .Ret<AnyBuffer>()
 #define MJK_SUM .Ret<Floats>()
 
+MJK_FUSED(linear, MJK_ANY MJK_ANY.Arg<Floats>() MJK_OUT);
 MJK_FUSED(attention, MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>() MJK_OUT MJK_SUM);
 MJK_FUSED(attention_grad, MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>() MJK_ANY.Arg<Floats>() MJK_ANY MJK_OUT MJK_OUT MJK_OUT);
 MJK_FUSED(decode_attention, MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY MJK_ANY.Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>()

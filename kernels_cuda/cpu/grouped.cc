@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "items.h"
+#include "launch_cpu.h"
 
 namespace mindjax {
 namespace {
@@ -16,6 +17,7 @@ struct Call {
   int64_t rows, k, n, groups;
   const char *x, *w;  // tgmm: x and g
   char* result;
+  const float* bias = nullptr;  // of gmm, for all groups
 };
 
 int64_t bytes(mjk_dtype type) { return type == MJK_F32 ? 4 : type == MJK_BF16 ? 2 : 1; }
@@ -93,6 +95,7 @@ class Plan {
         b.a = call_.x + (start + m0) * k * in;
         b.b = w + n0 * in;
         b.c = call_.result + ((start + m0) * n + n0) * out;
+        if (call_.bias) b.bias = call_.bias + n0;
         break;
       case Product::kGmmT:
         b.k = n, b.lda = n, b.ldb = n, b.ldc = k;
@@ -181,6 +184,14 @@ int mjk_gmm(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows,
   const Call call = {Product::kGmm, in_dtype, out_dtype, false, rows, k, n, groups, static_cast<const char*>(x),
                      static_cast<const char*>(w), static_cast<char*>(out)};
   return mindjax::run(static_cast<const mjk_pool*>(stream), call, groups_total, group_offset, group_sizes);
+}
+
+int mjk_linear(void* stream, mjk_dtype dtype, int64_t rows, int64_t k, int64_t n, const void* x, const void* w,
+               const float* bias, void* out) {
+  const Call call = {Product::kGmm, dtype, dtype, false, rows, k, n, 1, static_cast<const char*>(x),
+                     static_cast<const char*>(w), static_cast<char*>(out), bias};
+  const int32_t size = int32_t(rows);
+  return mindjax::run(static_cast<const mjk_pool*>(stream), call, 1, 0, &size);
 }
 
 int mjk_gmm_t(void* stream, mjk_dtype in_dtype, mjk_dtype out_dtype, int64_t rows, int64_t k, int64_t n, int64_t groups,

@@ -14,6 +14,7 @@ struct Block {
   bool past_caches;                 // C is part of a result larger than they are: it is stored past them
   bool a_transposed, b_transposed;  // A is stored [k, m]; B is stored [n, k]
   const void *a, *b;
+  const float* bias;  // of each column of C, added to the sums; or NULL
   void* c;
   int64_t lda, ldb, ldc;  // elements between the rows of the array as stored
   int64_t m, n, k;

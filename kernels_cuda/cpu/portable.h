@@ -68,12 +68,13 @@ template <int kTileColumns>
 void store_tile(const Block& block, int64_t m0, int64_t rows, int64_t n0, int64_t columns, const float* sums) {
   for (int64_t i = 0; i < rows; ++i, sums += kTileColumns) {
     const int64_t at = (m0 + i) * block.ldc + n0;
+    const auto total = [&](int64_t j) { return block.bias ? sums[j] + block.bias[n0 + j] : sums[j]; };
     if (block.out == MJK_BF16) {
       uint16_t* c = static_cast<uint16_t*>(block.c) + at;
-      for (int64_t j = 0; j < columns; ++j) c[j] = narrow(sums[j]);
+      for (int64_t j = 0; j < columns; ++j) c[j] = narrow(total(j));
     } else {
       float* c = static_cast<float*>(block.c) + at;
-      for (int64_t j = 0; j < columns; ++j) c[j] = block.accumulate ? c[j] + sums[j] : sums[j];
+      for (int64_t j = 0; j < columns; ++j) c[j] = block.accumulate ? c[j] + total(j) : total(j);
     }
   }
 }

@@ -11,6 +11,10 @@ typedef struct mjk_attention_shape {
   int64_t rows, queries, keys, heads, kv_heads, dim;
 } mjk_attention_shape;
 
+// out = x[rows, k] w[k, n] + bias[n], summed in float32 and rounded once; all but the bias of one dtype.
+MJK_API int mjk_linear(void* stream, mjk_dtype dtype, int64_t rows, int64_t k, int64_t n, const void* x, const void* w,
+                       const float* bias, void* out);
+
 // Softmax attention of q[B, queries, heads, dim] to k, v[B, keys, kv_heads, dim], scores times dim^-0.5, in float32.
 // Query t sees key s where their segments (q_segments[B, queries], kv_segments[B, keys]) are equal and not 0, and
 // s <= q_index[t] unless q_index[t] < 0. Writes out like q, and normaliser[B, heads, queries] float32, the logarithm

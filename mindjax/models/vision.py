@@ -18,7 +18,7 @@ from mindjax.models.rope import vision_rope
 from mindjax.ops.activation import bias_gelu
 from mindjax.ops.attention import attention
 from mindjax.ops.levels import put_level
-from mindjax.ops.matmul import add_bias, matmul
+from mindjax.ops.matmul import linear, matmul
 from mindjax.ops.rotary import rotate
 from mindjax.ops.scan import loops, scan_layers, unstack
 from mindjax.types import VisionInputs
@@ -194,8 +194,7 @@ def merge_tap(p: dict[str, Any], x: jax.Array, config: VisionConfig) -> jax.Arra
 
 
 def _linear(p: dict[str, Any], x: jax.Array) -> jax.Array:
-    # The bias joins the float32 sum: added to a rounded one, it would cost bfloat16 a third more error than torch has.
-    return add_bias(matmul(x, p["kernel"], dtype=jnp.float32), p["bias"].astype(jnp.float32)).astype(x.dtype)
+    return linear(x, p["kernel"], p["bias"])
 
 
 def _merge(p: dict[str, Any], x: jax.Array) -> jax.Array:

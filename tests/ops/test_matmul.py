@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindjax.ops.matmul import add_bias, matmul, matmul_transposed, sum_rows
+from mindjax.ops.matmul import linear, matmul, matmul_transposed, sum_rows
 
 
 @pytest.mark.parametrize("lead", [(6,), (5,), (2, 3), (1, 4), (1, 1), (2, 3, 2)])
@@ -51,12 +51,24 @@ def test_float32_result_of_bfloat16_is_not_rounded() -> None:
     assert out.dtype == jnp.float32 and float(out[0, 0]) == 257  # 257 is not a bfloat16
 
 
-def test_bias_and_its_gradient() -> None:
+@pytest.mark.parametrize("lead", [(6,), (50, 3), (1, 1)])
+@pytest.mark.parametrize("columns", [1, 17, 70])
+def test_linear_matches_float64(lead: tuple[int, ...], columns: int) -> None:
     rng = np.random.default_rng(0)
-    x, bias, g = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 4), (4,), (3, 5, 4)))
-    out, vjp = jax.vjp(add_bias, x, bias)
-    dx, dbias = vjp(g)
-    np.testing.assert_allclose(out, x + bias)
-    np.testing.assert_array_equal(dx, g)
-    np.testing.assert_allclose(dbias, g.sum((0, 1)), rtol=1e-5)
+    x, w, bias, g = (rng.normal(size=shape) for shape in ((*lead, 7), (7, columns), (columns,), (*lead, columns)))
+    run = jax.jit(lambda x, w, bias, g: (lambda out, vjp: (out, *vjp(g)))(*jax.vjp(linear, x, w, bias)))
+    expected = (x @ w + bias, g @ w.T, x.reshape(-1, 7).T @ g.reshape(-1, columns), g.reshape(-1, columns).sum(0))
+    for array, truth in zip(run(*(jnp.asarray(a, jnp.float32) for a in (x, w, bias, g))), expected, strict=True):
+        assert array.dtype == jnp.float32
+        np.testing.assert_allclose(array, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_joins_the_sum_before_it_is_rounded() -> None:
+    x, w, bias = jnp.asarray([[1, 2**-9]]), jnp.ones((2, 40)), jnp.full(40, 1.5 * 2**-9)
+    out = linear(*(a.astype(jnp.bfloat16) for a in (x, w, bias)))
+    assert out.dtype == jnp.bfloat16
+    assert (np.asarray(out, np.float32) == 1 + 2**-7).all()  # the product alone is rounded to 1, and with its bias so
+
+
+def test_sums_of_rows_are_float32() -> None:
     assert sum_rows(jnp.ones((4096, 2), jnp.bfloat16)).tolist() == [4096, 4096]
