@@ -134,11 +134,11 @@ size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
   return packed;
 }
 
-// Tile::stream for tiles that give copy_a (pack_a, but never in place) and stream_tile(block, k0, depth, n0, rows, packs,
-// a, b, sums, first, ahead): the product of few rows, for which packing B first would take as long as using it. Here
-// memory delivers B meanwhile.
+// Tile::stream for tiles that give copy_a (pack_a, but never in place) and stream_tile(block, k0, depth, n0, rows,
+// packs, a, b, sums, first, ahead): the product of few rows, for which packing B first would take as long as using it.
+// Here memory delivers B meanwhile.
 // The first tile of a column of tiles reads B where it lies, packs it for the others and fetches what comes soon: of a
-// few rows the next panel is too soon. Parts of k are shallow, so that the processor's prefetcher can follow their rows.
+// few rows the next panel is too soon. Parts of k are shallow, so that the processor's prefetcher follows their rows.
 template <class Tile>
 void stream_block(const Block& block, char* scratch) {
   using Packed = typename Tile::Packed;

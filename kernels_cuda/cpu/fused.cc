@@ -57,8 +57,8 @@ void for_each(void* stream, int64_t count, const Function& function) {
 // order whatever the threads.
 constexpr int64_t kParts = 64;
 constexpr int64_t kLeastElements = 16 * 1024;
-constexpr int64_t kLanes = 16;    // of the widest instruction set
-constexpr int64_t kRows = 4;    // that are normalised together
+constexpr int64_t kLanes = 16;  // of the widest instruction set
+constexpr int64_t kRows = 4;    // that norm_impl.h takes together
 
 struct Parts {
   int64_t count, size, number;

@@ -83,8 +83,8 @@ struct Typed {
     combine_rows(first, last, rows, choices, size, in(x), index, weight, out(y));
   }
   static constexpr Fused table() {
-    return {attention, attention_grad, decode, norm, norm_grad, silu, silu_grad, swiglu, swiglu_grad, gelu, gelu_grad, rope,
-            combine};
+    return {attention, attention_grad, decode, norm,      norm_grad, silu, silu_grad,
+            swiglu,    swiglu_grad,    gelu,   gelu_grad, rope,      combine};
   }
 };
 

@@ -28,7 +28,7 @@ void softmax(float* x, int64_t size) {
   for (int64_t i = 0; i < padded; i += MJK_LANES) store(x + i, load(x + i) / all);
 }
 
-// An integer in the order of the numbers; NaN is above all of them, as in XLA's.
+// An integer in the order of the numbers; a NaN lies beyond the infinity of its sign, as in XLA's top_k.
 int32_t key(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -344,8 +344,8 @@ inline void store_part(T* p, Pair<V> v, int64_t left) {
 inline vf several(const float*) { return vf(); }
 inline Pair<Pair<vf>> several(const bf16*) { return Pair<Pair<vf>>(); }
 
-// Calls function(of, i, left) for several vectors of `size` elements at a time, which the type of `of` holds, and at the
-// end for single ones.
+// Calls function(of, i, left) for several vectors of `size` elements at a time, which the type of `of` holds, and at
+// the end for single ones.
 template <class T, class Function>
 inline void for_several(const T* like, int64_t size, const Function& function) {
   const auto of = several(like);
@@ -354,23 +354,6 @@ inline void for_several(const T* like, int64_t size, const Function& function) {
   for (; i + step <= size; i += step) function(of, i, step);
   for (; i < size; i += MJK_LANES) function(vf{}, i, size - i);
 }
-
-// Zeros, aligned to a cache line.
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t size) {
-    const size_t bytes = round_up(most(size, 1) * sizeof(T), 64);
-    data = static_cast<T*>(aligned_alloc(64, bytes));
-    if (!data) abort();
-    memset(data, 0, bytes);
-  }
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T& operator[](int64_t i) { return data[i]; }
-  const T& operator[](int64_t i) const { return data[i]; }
-};
 
 template <class T>
 inline void copy_row(const T* from, int64_t size, float factor, float* to) {

@@ -280,12 +280,6 @@ def decoder_layer(
     return x + links.sum_tokens(mlp(p["mlp"], normed)), None, state
 
 
-def head(params: Params) -> jax.Array:
-    """The output matrix [H, V], the embedding table itself where the two are tied."""
-    text = params["text"]
-    return text["head"] if "head" in text else text["embed"].T
-
-
 def logits(params: Params, hidden: jax.Array, links: Links = ONE_DEVICE) -> jax.Array:
     """[..., H] to float32 [..., V], the vocabulary of all devices."""
     text = params["text"]

@@ -64,12 +64,14 @@ def bias_gelu(x: Array, bias: Array, approximate: bool = True) -> Array:
 
     The sum has that dtype too. x may be float32 all the same: a product that is rounded with its bias, not before.
     """
+    if x.dtype not in (bias.dtype, jnp.float32):
+        raise ValueError(f"bias_gelu takes x of the bias's dtype, {bias.dtype}, or float32, not {x.dtype}")
     kernel, default = partial(jax_fused.bias_gelu, exact=not approximate), partial(_bias_gelu, approximate=approximate)
     return on_cpu(kernel, lambda x, bias: default(x, bias)[0], x, bias)
 
 
 def _bias_gelu(x: Array, bias: Array, approximate: bool) -> tuple[Array, Array]:
-    total = (x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - 1)))).astype(bias.dtype)
+    total = (x + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))).astype(bias.dtype)
     return jax.nn.gelu(total, approximate=approximate), total
 
 

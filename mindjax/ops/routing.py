@@ -37,11 +37,9 @@ def choose_experts(logits: Array, segment_ids: Array, choices: int, normalise: b
 
 def _choose_experts(logits: Array, segment_ids: Array, choices: int, normalise: bool) -> tuple[Array, Array, Array]:
     real = (segment_ids > 0)[:, None]
-    # Before the softmax, whose gradient would be NaN where padding is.
-    logits = jnp.where(real, logits, jnp.float32(0))
     probabilities = jnp.where(real, jax.nn.softmax(logits, axis=-1), jnp.float32(0))
     # Not of the probabilities, whose rounding makes more of them equal.
-    chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), choices)[1]
+    chosen = jax.lax.top_k(logits, choices)[1]
     weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
     if normalise:
         weights = weights / jnp.where(real, jnp.sum(weights, axis=-1, keepdims=True), jnp.float32(1))
@@ -136,6 +134,7 @@ def expert_shares(chosen: Array, segment_ids: Array, experts: int) -> Array:
       [B, T, E] float32, how often the token's sequence chose the expert over the square of the sequence's length; 0 in
       padding.
     """
+    # Made of integers alone: there is nothing to differentiate.
     return on_cpu(
         partial(jax_fused.expert_shares, experts=experts), partial(_expert_shares, experts=experts), chosen, segment_ids
     )
@@ -152,7 +151,7 @@ def _expert_shares(chosen: Array, segment_ids: Array, experts: int) -> Array:
     lengths = (last - first + 1).astype(jnp.float32)[:, :, None]
     # Each token's sequence total as a difference of running sums: exact in float32 below 2^24 tokens a row, where a
     # scatter runs one token at a time on a CPU.
-    taken = _taken(chosen, experts).any(axis=2).astype(jnp.float32)
+    taken = jnp.sum(_taken(chosen, experts), axis=2, dtype=jnp.float32)
     running = jnp.pad(jnp.cumsum(taken, axis=1), ((0, 0), (1, 0), (0, 0)))
     totals = jnp.take_along_axis(running, last[:, :, None] + 1, axis=1)
     totals -= jnp.take_along_axis(running, first[:, :, None], axis=1)

@@ -19,7 +19,7 @@ Array = jax.Array
 Block = Callable[[Any, Any], tuple[Any, Any]]
 Leaves = list[Any]
 
-UNROLLED = 12  # up to so many layers there need be no loop: nothing is copied into stacks and out of them
+FEW_LAYERS = 12  # up to so many layers there need be no loop: nothing is copied into stacks and out of them
 
 
 def loops(layers: int, recomputes: bool) -> bool:
@@ -27,7 +27,7 @@ def loops(layers: int, recomputes: bool) -> bool:
 
     Without a loop between, XLA would find that the second time is the same as the first, and keep it.
     """
-    return recomputes or layers > UNROLLED
+    return recomputes or layers > FEW_LAYERS
 
 
 def scan_layers(block: Block, carry: Any, layers: Any, *, loop: bool = True) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mindjax.ops.scan import UNROLLED, loops, scan_layers, unstack
+from mindjax.ops.scan import FEW_LAYERS, loops, scan_layers, unstack
 
 LAYERS, ROWS, H = 5, 6, 8
 
@@ -72,7 +72,7 @@ def test_few_layers_without_a_loop(dtype: Any) -> None:
         assert np.linalg.norm(a - b) <= (2e-2 if dtype == jnp.bfloat16 else 1e-6) * np.linalg.norm(b)
     assert " while(" not in run(follow, False, mask).lower(*arguments).compile().as_text()
     assert " while(" in run(scan_layers, False, mask).lower(*arguments).compile().as_text()
-    assert [loops(UNROLLED, False), loops(UNROLLED + 1, False), loops(1, True)] == [False, True, True]
+    assert [loops(FEW_LAYERS, False), loops(FEW_LAYERS + 1, False), loops(1, True)] == [False, True, True]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
