@@ -105,7 +105,8 @@ void products(void* pool, mjk_dtype type, int64_t k, int64_t n, const std::vecto
           dx_[size_t(row * k + i)] += gj * wij;
           dw_[size_t(at)] += xi * gj;
         }
-  const double bound = type == MJK_F32 ? 1e-6 : 3e-3;
+  // Of one bfloat16 number, which some of these results are, rounding moves up to 2^-8.
+  const double bound = type == MJK_F32 ? 1e-6 : 1.0 / 256 + 1e-6;
   ok("gmm", mjk_gmm(pool, type, type, rows, k, n, groups, groups, 0, x.get(), w.get(), sizes_.get(), out.get()));
   compare("gmm", out, out_, bound);
   ok("gmm_t", mjk_gmm_t(pool, type, type, rows, k, n, groups, groups, 0, g.get(), w.get(), sizes_.get(), dx.get()));

@@ -184,9 +184,8 @@ def router_term(router: RouterStats, model: ModelConfig) -> LossOutput:
 def _update_if(good: Array, update: Callable[..., Any], gradient: Params, trainable: Params, opt_state: Any) -> Any:
     """`update(gradient, trainable, opt_state)` where `good`, else the (trainable, opt_state) given.
 
-    On one CPU device as a branch: in a choice element by element, loops that read the moments run beside those that
-    overwrite them, for which XLA copies all moments first. Elsewhere a branch would wait for the host or hold
-    collectives.
+    On a CPU as a branch: in a choice element by element, loops that read the moments run beside those that overwrite
+    them, for which XLA copies all moments first. On a GPU a branch would wait for the host.
     """
 
     def branch(*state: Any) -> Any:
@@ -195,8 +194,6 @@ def _update_if(good: Array, update: Callable[..., Any], gradient: Params, traina
     def choice(gradient: Params, *old: Any) -> Any:
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), update(gradient, *old), old)
 
-    if jax.device_count() > 1:
-        return choice(gradient, trainable, opt_state)
     return jax.lax.platform_dependent(gradient, trainable, opt_state, cpu=branch, default=choice)
 
 

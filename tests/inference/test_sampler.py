@@ -146,7 +146,8 @@ def test_bfloat16_rounds_no_more_than_the_training_forward(setting: tuple[Any, .
         sampler, forward, truth, drawn_right, forward_right = np.concatenate(found, axis=1)
         if temperature:
             error = np.median(abs(forward - truth))
-            assert 0.005 < error < 0.05
+            # With experts 0.03 to 0.055: a near tie of a router in a prompt is in all its answers (docs/log.md).
+            assert 0.005 < error < (0.1 if config.text.num_experts else 0.05)
             assert np.median(abs(sampler - truth)) < 1.5 * error
             # Measured 0.28 and 0.49; scores or logits rounded to bfloat16 on the way give 0.5 to 1.1 without experts.
             assert np.median(abs(sampler - forward)) < (0.8 if config.text.num_experts else 0.4) * error
