@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -203,9 +204,11 @@ def make_runner(case: Case, side: str) -> tuple[Any, str]:
     settings["experts"] = ("eager", "grouped_mm") if config.text.num_experts else ("eager",)
     if case.command == "train":
         settings["masters"] = (False,) if case.dtype == "float32" else (False, True)
-        runner, chosen = fastest(
-            lambda **setting: Trainer(config, rows, optimizer_config(), case.dtype, **setting), settings
-        )
+        trainer = partial(Trainer, config, rows, optimizer_config(), case.dtype)
+        runner, chosen = fastest(trainer, settings)
+        # Compiling takes up to a minute: only what is the fastest without.
+        compiled: dict[str, Sequence[Any]] = {name: (value,) for name, value in chosen.items()}
+        runner, chosen = fastest(trainer, compiled | {"compiled": (False, True)})
     else:
         runner, chosen = fastest(
             lambda **setting: Sampler(config, rows, case.dtype, new_tokens=case.new_tokens, **setting), settings

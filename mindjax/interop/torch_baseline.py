@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,9 +88,11 @@ class Trainer:
         attention: str = "sdpa",
         experts: str = "eager",
         masters: bool = False,
+        compiled: bool = False,
     ):
         """Args:
         dtype: of the computation.
+        compiled: by `torch.compile`, of which only errors are heard.
         masters: whether parameters and moments stay float32 under autocast, as on our side; else they are of `dtype`.
         """
         self._autocast = torch.autocast("cpu", getattr(torch, dtype), enabled=masters and dtype != "float32")
@@ -97,6 +100,9 @@ class Trainer:
         self._model = build_model(
             config, parameter_dtype, attn_implementation=attention, experts_implementation=experts
         ).train()
+        if compiled:
+            torch._logging.set_logs(all=logging.ERROR)
+            self._model.compile()
         self._inputs = model_inputs(rows)
         if "pixel_values" in self._inputs:
             self._inputs["pixel_values"] = self._inputs["pixel_values"].to(getattr(torch, parameter_dtype))
