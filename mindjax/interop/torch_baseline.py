@@ -24,7 +24,8 @@ from mindjax.data.render import Rendered
 if TYPE_CHECKING:
     from mindjax.train.optimizer import OptimizerConfig
 
-# Steps of each candidate setting before the fastest is chosen.
+# Steps of each candidate setting before the fastest is chosen; the first ones of a compiled model compile again.
+WARM_UP_STEPS = 3
 TRIAL_STEPS = 2
 
 
@@ -170,7 +171,8 @@ def fastest(make: Callable[..., Any], settings: dict[str, Sequence[Any]]) -> tup
         setting = dict(zip(settings, values, strict=True))
         try:
             runner = make(**setting)
-            runner.step()
+            for _ in range(WARM_UP_STEPS):
+                runner.step()
             start = time.perf_counter()
             for _ in range(TRIAL_STEPS):
                 runner.step()
