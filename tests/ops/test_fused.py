@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels_cuda import jax_fused, library
+from kernels_cuda import jax_fused
 from mindjax.inference.cache import Generated, Prefix, decode_attention
 from mindjax.ops import activation, dispatch, norm, rotary
 from mindjax.ops.attention import attention
@@ -26,18 +26,8 @@ EPS = 1e-6
 # ||difference|| / ||reference||: float32 sums of some hundred terms, and tails of activations that cancel; bfloat16
 # rounds a few times by 2^-9.
 BOUNDS = {jnp.float32: 3e-6, jnp.bfloat16: 1e-2}
+pytestmark = pytest.mark.usefixtures("path")
 dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
-
-
-@pytest.fixture(params=["kernel", "jnp"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "jnp":
-        monkeypatch.setattr(jax_fused, "usable", lambda: False)
-    elif not jax_fused.usable():
-        pytest.skip(library.load("cpu").problem)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import jax
@@ -11,23 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels_cuda import jax_fused, library
 from mindjax.ops.routing import choose_experts, expert_shares, sort_by_expert
 
 TOKENS = 1500  # more than one thread takes
 SIZES = [(3, 1), (8, 2), (6, 6), (130, 8)]  # experts, choices
+pytestmark = pytest.mark.usefixtures("path")
 sizes = pytest.mark.parametrize("size", SIZES, ids=str)
-
-
-@pytest.fixture(params=["kernel", "jnp"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "jnp":
-        monkeypatch.setattr(jax_fused, "usable", lambda: False)
-    elif not jax_fused.usable():
-        pytest.skip(library.load("cpu").problem)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
 
 
 def drawn(experts: int) -> tuple[np.ndarray, np.ndarray]:
