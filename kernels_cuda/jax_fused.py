@@ -27,6 +27,8 @@ TARGETS = (
     "bias_gelu",
     "bias_gelu_grad",
     "rope",
+    "logprobs",
+    "logprobs_grad",
     "choose_experts",
     "choose_experts_grad",
     "sort_by_expert",
@@ -158,6 +160,28 @@ def bias_gelu_grad(x: Array, bias: Array, g: Array, exact: bool) -> tuple[Array,
 def rope(x: Array, cos: Array, sin: Array, sign: float) -> Array:
     """x [B, T, N, D] turned by cos, sin [B, T, D / 2], in place; sign -1 turns back."""
     return _call("rope", _like(x), aliases={0: 0})(x, cos, sin, sign=np.float32(sign))
+
+
+def logprobs(logits: Array, targets: Array, temperature: Array, count: Array) -> tuple[Array, Array, Array]:
+    """(log-probability of the target, entropy, normaliser), [N] each, of the first `count` rows of logits [N, V]."""
+    return _call("logprobs", (_sum(targets),) * 3)(logits, targets, temperature, count)
+
+
+def logprobs_grad(
+    logits: Array,
+    targets: Array,
+    temperature: Array,
+    count: Array,
+    normaliser: Array,
+    entropy: Array,
+    d_logp: Array,
+    d_entropy: Array,
+    dtype: Any,
+) -> Array:
+    """d_logits [N, V] of that dtype, in place of logits where it is float32"""
+    aliases = {0: 0} if dtype == jnp.float32 else None
+    call = _call("logprobs_grad", jax.ShapeDtypeStruct(logits.shape, dtype), aliases)
+    return call(logits, targets, temperature, count, normaliser, entropy, d_logp, d_entropy)
 
 
 def choose_experts(logits: Array, segment_ids: Array, choices: int, normalise: bool) -> tuple[Array, Array, Array]:

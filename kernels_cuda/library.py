@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-ABI_VERSION = 3  # MJK_ABI_VERSION of include/launch.h
+ABI_VERSION = 4  # MJK_ABI_VERSION of include/launch.h
 BACKENDS = ("cpu", "cuda")
 PACKAGE = Path(__file__).resolve().parent
 BUILD = "cmake -S kernels_cuda -B build/kernels && cmake --build build/kernels (or pip install the package again)"

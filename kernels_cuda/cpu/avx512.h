@@ -358,23 +358,27 @@ struct VectorTile {
   static constexpr int64_t kWord = 4;  // bytes
   static constexpr int64_t streamed_depth(int64_t) { return 48; }
 
-  // Rows `stride` bytes apart; 0: packed.
+  // Rows `row` bytes apart, the words of a row `word` bytes apart.
   struct Rows {
     const char* data;
-    int64_t stride;
+    int64_t row, word;
   };
 
   // In place where rows are made of words, but not where they would share one set of L1.
   static Rows pack_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     constexpr bool kWords = S::kPerWord * sizeof(typename S::Source) == kWord;
     const int64_t stride = block.lda * (int64_t)sizeof(typename S::Source);
-    if (kWords && !block.a_transposed && rows == kRows && depth % S::kPerWord == 0 && stride % kSetStride != 0)
-      return {static_cast<const char*>(block.a) + m0 * stride + k0 / S::kPerWord * kWord, stride};
+    if (kWords && rows == kRows && stride % kSetStride != 0) {
+      const char* a = static_cast<const char*>(block.a);
+      if (!block.a_transposed && depth % S::kPerWord == 0)
+        return {a + m0 * stride + k0 / S::kPerWord * kWord, stride, kWord};
+      if (block.a_transposed && S::kPerWord == 1) return {a + k0 * stride + m0 * kWord, kWord, stride};
+    }
     return copy_a(out, block, m0, rows, k0, depth);
   }
   static Rows copy_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<kRows>(S(), out, block, m0, rows, k0, depth);
-    return {reinterpret_cast<const char*>(out), 0};
+    return {reinterpret_cast<const char*>(out), kWord, kRows * kWord};
   }
   static void pack_b(Packed* out, int64_t stride, const Block& block, int64_t k0, int64_t depth) {
     pack_columns(S(), out, stride, block, k0, depth, depth);
@@ -383,10 +387,12 @@ struct VectorTile {
     store_tile(S(), block, m0, rows, n0, columns, sums);
   }
 
-  template <int R, bool kInPlace, class B>
+  enum Order { kPacked, kAlong, kAcross };
+  template <int R, Order kOrder, class B>
   static void run(int64_t words, const Rows& panel, const B& from, float* sums, bool first) {
     const char* a = panel.data;
-    const int64_t row = kInPlace ? panel.stride : kWord, word = kInPlace ? kWord : kRows * kWord;
+    const int64_t row = kOrder == kAlong ? panel.row : kWord;
+    const int64_t word = kOrder == kAlong ? kWord : kOrder == kPacked ? kRows * kWord : panel.word;
     __m512 c[R][2];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
@@ -406,15 +412,16 @@ struct VectorTile {
       for (int j = 0; j < 2; ++j) _mm512_storeu_ps(sums + i * 32 + j * 16, c[i][j]);
   }
 
-  // In four sizes, so that few rows cost little.
+  // Packed in four sizes, so that few rows cost little.
   template <class B>
   static void run(int64_t rows, int64_t depth, const Rows& a, const B& from, float* sums, bool first) {
     const int64_t words = (depth + S::kPerWord - 1) / S::kPerWord;
-    if (a.stride) return run<kRows, true>(words, a, from, sums, first);
-    if (rows > 8) return run<kRows, false>(words, a, from, sums, first);
-    if (rows > 6) return run<8, false>(words, a, from, sums, first);
-    if (rows > 3) return run<6, false>(words, a, from, sums, first);
-    run<3, false>(words, a, from, sums, first);
+    if (a.word == kWord) return run<kRows, kAlong>(words, a, from, sums, first);
+    if (a.word != kRows * kWord) return run<kRows, kAcross>(words, a, from, sums, first);
+    if (rows > 8) return run<kRows, kPacked>(words, a, from, sums, first);
+    if (rows > 6) return run<8, kPacked>(words, a, from, sums, first);
+    if (rows > 3) return run<6, kPacked>(words, a, from, sums, first);
+    run<3, kPacked>(words, a, from, sums, first);
   }
 
   static void multiply(int64_t rows, int64_t depth, const Rows& a, const Packed* b, float* sums, bool first,

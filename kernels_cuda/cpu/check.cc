@@ -256,6 +256,18 @@ void elementwise(void* pool, mjk_dtype type, int64_t rows, int64_t size) {
                                   d_scale.get(), d_bias.get()));
     finite("norm, dx", dx), finite("norm, d_scale", d_scale);
   }
+  Guarded<float> logits(x.size()), logp(rows), entropy(rows), normaliser(rows), d_logp(rows), d_entropy(rows);
+  Guarded<int32_t> targets(rows), count(1);
+  Guarded<float> temperature(1);
+  fill(logits, logits.size()), fill(d_logp, rows), fill(d_entropy, rows);
+  for (int64_t r = 0; r < rows; ++r) targets[r] = int32_t(r % 2 ? size - 1 : 0);
+  temperature[0] = 0.7f, count[0] = int32_t(rows - rows / 3);
+  ok("logprobs", mjk_logprobs(pool, rows, size, logits.get(), targets.get(), temperature.get(), count.get(), logp.get(),
+                              entropy.get(), normaliser.get()));
+  ok("logprobs_grad",
+     mjk_logprobs_grad(pool, type, rows, size, logits.get(), targets.get(), temperature.get(), count.get(),
+                       normaliser.get(), entropy.get(), d_logp.get(), d_entropy.get(), dx.get()));
+  finite("logprobs", logp), finite("logprobs, entropy", entropy), finite("logprobs, d_logits", dx);
   Guarded<float> wide(x.size());
   fill(wide, wide.size());
   for (int32_t exact : {0, 1}) {

@@ -1,6 +1,7 @@
 // The C ABI of the fused operations: what the tasks are.
 #include "fused.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -256,6 +257,47 @@ int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t
   for_each_part(stream, Parts(rows, 1, heads * dim), [&](int64_t, int64_t first, int64_t last) {
     kernels->rope(first, last, heads, dim, sign, x, cosine, sine, y);
   });
+  return MJK_OK;
+}
+
+namespace {
+
+// What both directions take: logits[rows, size], of which the first `count` rows have a target.
+int check(int64_t rows, int64_t size, float temperature, const int32_t* targets, int32_t count) {
+  if (count < 0 || count > rows)
+    return fail(MJK_INVALID_ARGUMENT, "log-probabilities: %d of %lld rows", count, (long long)rows);
+  if (!(temperature > 0)) return fail(MJK_INVALID_ARGUMENT, "log-probabilities: temperature %g", double(temperature));
+  for (int64_t r = 0; r < count; ++r)
+    if (targets[r] < 0 || targets[r] >= size)
+      return fail(MJK_INVALID_ARGUMENT, "log-probabilities: token %d of a vocabulary of %lld", targets[r],
+                  (long long)size);
+  return MJK_OK;
+}
+
+}  // namespace
+
+int mjk_logprobs(void* stream, int64_t rows, int64_t size, const float* logits, const int32_t* targets,
+                 const float* temperature, const int32_t* count, float* logp, float* entropy, float* normaliser) {
+  if (int status = check(rows, size, *temperature, targets, *count)) return status;
+  for_each_part(stream, Parts(*count, 1, size), [&](int64_t, int64_t first, int64_t last) {
+    fused_isa().f32.logprobs(first, last, size, 1 / *temperature, logits, targets, logp, entropy, normaliser);
+  });
+  for (float* result : {logp, entropy, normaliser}) std::fill(result + *count, result + rows, 0.0f);
+  return MJK_OK;
+}
+
+int mjk_logprobs_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const float* logits,
+                      const int32_t* targets, const float* temperature, const int32_t* count, const float* normaliser,
+                      const float* entropy, const float* d_logp, const float* d_entropy, void* d_logits) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  if (int status = check(rows, size, *temperature, targets, *count)) return status;
+  for_each_part(stream, Parts(*count, 1, size), [&](int64_t, int64_t first, int64_t last) {
+    kernels->logprobs_grad(first, last, size, 1 / *temperature, logits, targets, normaliser, entropy, d_logp, d_entropy,
+                           d_logits);
+  });
+  const int64_t row = size * (dtype == MJK_F32 ? 4 : 2);
+  std::memset(static_cast<char*>(d_logits) + *count * row, 0, size_t((rows - *count) * row));
   return MJK_OK;
 }
 

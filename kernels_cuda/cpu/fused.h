@@ -32,6 +32,11 @@ struct Fused {
                          const void* g, void* dx, float* d_bias);
   void (*rope)(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x, const float* cosine,
                const float* sine, void* y);
+  void (*logprobs)(int64_t first, int64_t last, int64_t size, float factor, const float* logits, const int32_t* targets,
+                   float* logp, float* entropy, float* normaliser);
+  void (*logprobs_grad)(int64_t first, int64_t last, int64_t size, float factor, const float* logits,
+                        const int32_t* targets, const float* normaliser, const float* entropy, const float* d_logp,
+                        const float* d_entropy, void* d_logits);
   void (*combine)(int64_t first, int64_t last, int64_t rows, int64_t choices, int64_t size, const void* x,
                   const int32_t* index, const float* weight, void* y);
 };

@@ -140,6 +140,24 @@ ffi::Error rope(ffi::ThreadPool threads, float sign, AnyBuffer x, Floats cosine,
                          x.untyped_data(), cosine.typed_data(), sine.typed_data(), y->untyped_data()));
 }
 
+ffi::Error logprobs(ffi::ThreadPool threads, Floats logits, Ints targets, Floats temperature, Ints count,
+                    Result<Floats> logp, Result<Floats> entropy, Result<Floats> normaliser) {
+  mindjax::Stream stream(threads);
+  return answer(mjk_logprobs(stream.get(), rows_of(logits), last_of(logits), logits.typed_data(), targets.typed_data(),
+                             temperature.typed_data(), count.typed_data(), logp->typed_data(), entropy->typed_data(),
+                             normaliser->typed_data()));
+}
+
+ffi::Error logprobs_grad(ffi::ThreadPool threads, Floats logits, Ints targets, Floats temperature, Ints count,
+                         Floats normaliser, Floats entropy, Floats d_logp, Floats d_entropy,
+                         Result<AnyBuffer> d_logits) {
+  mindjax::Stream stream(threads);
+  return answer(mjk_logprobs_grad(stream.get(), dtype_of(*d_logits), rows_of(logits), last_of(logits),
+                                  logits.typed_data(), targets.typed_data(), temperature.typed_data(),
+                                  count.typed_data(), normaliser.typed_data(), entropy.typed_data(),
+                                  d_logp.typed_data(), d_entropy.typed_data(), d_logits->untyped_data()));
+}
+
 ffi::Error choose_experts(ffi::ThreadPool threads, bool normalise, Floats logits, Ints segments, Result<Floats> weights,
                           Result<Ints> chosen, Result<Floats> probabilities) {
   mindjax::Stream stream(threads);
@@ -194,6 +212,9 @@ MJK_FUSED(silu_product_grad, MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
 MJK_FUSED(bias_gelu, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
 MJK_FUSED(bias_gelu_grad, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);
 MJK_FUSED(rope, .Attr<float>("sign") MJK_ANY.Arg<Floats>().Arg<Floats>() MJK_OUT);
+MJK_FUSED(logprobs, .Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Ints>() MJK_SUM MJK_SUM MJK_SUM);
+MJK_FUSED(logprobs_grad,
+          .Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>() MJK_OUT);
 MJK_FUSED(choose_experts, .Attr<bool>("normalise").Arg<Floats>().Arg<Ints>() MJK_SUM.Ret<Ints>() MJK_SUM);
 MJK_FUSED(choose_experts_grad, .Attr<bool>("normalise").Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Floats>() MJK_SUM);
 MJK_FUSED(sort_by_expert, .Arg<Ints>().Arg<Floats>().Ret<Ints>().Ret<Ints>().Ret<Ints>() MJK_SUM);

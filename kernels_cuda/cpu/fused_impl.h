@@ -4,6 +4,7 @@
 #include "combine_impl.h"
 #include "decode_impl.h"
 #include "fused.h"
+#include "logprobs_impl.h"
 #include "norm_impl.h"
 
 namespace mindjax {
@@ -78,13 +79,18 @@ struct Typed {
                    const float* cosine, const float* sine, void* y) {
     rope_rows(first, last, heads, dim, sign, in(x), cosine, sine, out(y));
   }
+  static void logprobs_grad(int64_t first, int64_t last, int64_t size, float factor, const float* logits,
+                            const int32_t* targets, const float* normaliser, const float* entropy, const float* d_logp,
+                            const float* d_entropy, void* d_logits) {
+    logprobs_grad_rows(first, last, size, factor, logits, targets, normaliser, entropy, d_logp, d_entropy, out(d_logits));
+  }
   static void combine(int64_t first, int64_t last, int64_t rows, int64_t choices, int64_t size, const void* x,
                       const int32_t* index, const float* weight, void* y) {
     combine_rows(first, last, rows, choices, size, in(x), index, weight, out(y));
   }
   static constexpr Fused table() {
-    return {attention, attention_grad, decode, norm,      norm_grad, silu, silu_grad,
-            swiglu,    swiglu_grad,    gelu,   gelu_grad, rope,      combine};
+    return {attention, attention_grad, decode, norm, norm_grad,     silu,          silu_grad, swiglu,
+            swiglu_grad, gelu,         gelu_grad, rope, logprobs_rows, logprobs_grad, combine};
   }
 };
 

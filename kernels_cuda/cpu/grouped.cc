@@ -48,9 +48,10 @@ class Plan {
                            kernels.columns);
     block_m_ = even_blocks(height, contracted > depth_ ? 512 : 2048, kernels.rows);
     // Enough items that threads end together, unless they would get tiny.
-    // Where memory is the limit, one item each: the longer a row that a thread reads, the faster.
+    // One each where memory is the limit, as the longer a row that a thread reads, the faster, and where both sides are
+    // packed, as each item does so anew.
     const bool streamed = few_rows && tallest <= kernels.streamed_rows;
-    const int64_t wanted = threads == 1 ? 1 : streamed ? threads : 3 * threads;
+    const int64_t wanted = threads == 1 ? 1 : streamed || tgmm ? threads : 2 * threads;
     while (count() < wanted) {
       if (block_m_ >= block_n_ && block_m_ > 2 * kernels.rows)
         block_m_ = even_blocks(block_m_, block_m_ / 2, kernels.rows);

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define MJK_ABI_VERSION 3
+#define MJK_ABI_VERSION 4
 #define MJK_API __attribute__((visibility("default")))
 
 typedef enum { MJK_OK = 0, MJK_INVALID_ARGUMENT = 1, MJK_UNSUPPORTED = 2, MJK_LAUNCH_FAILED = 3 } mjk_status;

@@ -68,6 +68,16 @@ MJK_API int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int32_t exact, int
 MJK_API int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t dim, float sign, const void* x,
                      const float* cosine, const float* sine, void* y);
 
+// Of the first `count` rows of logits[rows, size], each over the temperature: the log-probability of the row's target,
+// the entropy, and the logarithm of the sum of exponentials, all [rows], zeros in the other rows.
+MJK_API int mjk_logprobs(void* stream, int64_t rows, int64_t size, const float* logits, const int32_t* targets,
+                         const float* temperature, const int32_t* count, float* logp, float* entropy, float* normaliser);
+// d_logits[rows, size], which may be logits, from the gradients of the first two results; zeros in the other rows.
+MJK_API int mjk_logprobs_grad(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const float* logits,
+                              const int32_t* targets, const float* temperature, const int32_t* count,
+                              const float* normaliser, const float* entropy, const float* d_logp, const float* d_entropy,
+                              void* d_logits);
+
 // The `choices` likeliest of `experts` by the softmax of logits[tokens, experts], the likeliest first, the lower number
 // before its equal. Writes weights[tokens, choices], their probabilities (normalise != 0: over the sum of them),
 // chosen[tokens, choices], and probabilities[tokens, experts]; a token whose segment is not above 0 chooses number

@@ -120,7 +120,10 @@ class DPOLoss:
     parallel: Parallel | None = None
 
     def __call__(self, params: Params, pairs: PairBatch) -> Terms:
-        out = qwen3_vl.token_logprobs(params, self.model, pairs.batch, remat=self.remat, parallel=self.parallel)
+        batch = pairs.batch
+        out = qwen3_vl.token_logprobs(
+            params, self.model, batch, mask=batch.loss_mask, remat=self.remat, parallel=self.parallel
+        )
         logp = reply_logprobs(out.logp, pairs)
         reference = pairs.reference
         loss = dpo_loss(
@@ -294,7 +297,8 @@ def _reference(
     result = np.zeros((len(pairs), 2), np.float32)
 
     def logprobs(params: Params, batch: PairBatch) -> Array:
-        return reply_logprobs(qwen3_vl.token_logprobs(params, model, batch.batch, parallel=parallel).logp, batch)
+        out = qwen3_vl.token_logprobs(params, model, batch.batch, mask=batch.batch.loss_mask, parallel=parallel)
+        return reply_logprobs(out.logp, batch)
 
     whole = None if parallel is None else NamedSharding(parallel.mesh, PartitionSpec())
     compiled = jax.jit(logprobs, out_shardings=whole)  # every process needs all of them

@@ -295,15 +295,18 @@ def token_logprobs(
     config: ModelConfig,
     batch: Batch,
     *,
+    mask: jax.Array | None = None,
     temperature: float | jax.Array = 1.0,
     vision_features: VisionFeatures | None = None,
     remat: Remat = "none",
     parallel: Parallel | None = None,
 ) -> TokenLogprobs:
-    """Log-probability of every token given its past, under the distribution at `temperature`.
+    """Log-probability of tokens given their past, under the distribution at `temperature`.
 
     Args:
       params, config, batch, vision_features, remat: see `forward`.
+      mask: [B, T], above 0 at the tokens that are wanted, all by default. The others get 0; the head, a fifth of the
+        work of a small model with a large vocabulary, is not computed for them.
       temperature: > 0.
       parallel: the devices to spread it over; None for one.
 
@@ -312,8 +315,11 @@ def token_logprobs(
     """
     if not isinstance(temperature, jax.Array) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy decoding has no log-probabilities")
+    wanted = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] != 0)
+    if mask is not None:
+        wanted &= mask[:, 1:] > 0
     # The last column predicts nothing; it stays, so that the shape is a bucket's and not a bucket's less one.
-    targets = jnp.roll(batch.tokens, -1, axis=1)
+    targets = jnp.pad(jnp.where(wanted, batch.tokens[:, 1:], -1), ((0, 0), (0, 1)), constant_values=-1)
     temperature = jnp.asarray(temperature, jnp.float32)
     predict = partial(_predictions, config=config, remat=remat)
     if parallel is None:
@@ -322,8 +328,7 @@ def token_logprobs(
         logp, entropy, router = spread(
             predict, params, logical_axes(config), config, batch, targets, temperature, vision_features, parallel
         )
-    same_segment = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] != 0)
-    return TokenLogprobs(_shift_right(logp, same_segment), _shift_right(entropy, same_segment), router)
+    return TokenLogprobs(_shift_right(logp), _shift_right(entropy), router)
 
 
 def _predictions(
@@ -356,10 +361,9 @@ def _predictions(
     return logp, entropy, output.router
 
 
-def _shift_right(values: jax.Array, keep: jax.Array) -> jax.Array:
-    """Moves what position t - 1 predicted to t, 0 where t has no past in its segment."""
-    kept = jnp.where(keep, values[:, :-1], jnp.float32(0))
-    return jnp.pad(kept, ((0, 0), (1, 0)))
+def _shift_right(values: jax.Array) -> jax.Array:
+    """Moves what position t - 1 predicted to t."""
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
 def _place(features: VisionFeatures, vision_index: jax.Array) -> list[jax.Array]:

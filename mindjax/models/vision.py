@@ -17,6 +17,7 @@ from mindjax.models.parameters import Init
 from mindjax.models.rope import vision_rope
 from mindjax.ops.activation import bias_gelu
 from mindjax.ops.attention import attention
+from mindjax.ops.bits import split
 from mindjax.ops.levels import put_level
 from mindjax.ops.matmul import linear, matmul
 from mindjax.ops.rotary import rotate
@@ -168,8 +169,7 @@ def vision_attention(
 ) -> jax.Array:
     """What one block's attention, its norm included, adds to x [R, L, D]; `p` are the block's parameters."""
     rows, length = x.shape[:2]
-    # split, for its gradient is one concatenation; that of three indexings is three padded sums.
-    parts = jnp.split(_linear(p["attn"]["qkv"], layer_norm(p["norm1"], x)), 3, axis=-1)
+    parts = split(_linear(p["attn"]["qkv"], layer_norm(p["norm1"], x)), 3)
     heads = (rows, length, config.num_heads, config.head_dim)
     q, k, v = (checkpoint_name(part.reshape(heads), "qkv") for part in parts)
     q, k = rotate(q, *rope), rotate(k, *rope)

@@ -8,6 +8,7 @@ On other backends both functions cost nothing.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,3 +31,17 @@ def is_small(dtype: Any) -> bool:
 def from_bits(x: Array, dtype: Any) -> Array:
     """The inverse of `to_bits`, given the dtype that went in."""
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def split(x: Array, parts: int) -> list[Array]:
+    """`jnp.split(x, parts, axis=-1)`, whose gradient is one concatenation."""
+    return [from_bits(part, x.dtype) for part in jnp.split(to_bits(x), parts, axis=-1)]
+
+
+def _split_gradient(parts: int, _: None, gradients: list[Array]) -> tuple[Array]:
+    bits = jnp.concatenate([to_bits(gradient) for gradient in gradients], axis=-1)
+    return (from_bits(bits, gradients[0].dtype),)
+
+
+split.defvjp(lambda x, parts: (split(x, parts), None), _split_gradient)

@@ -97,7 +97,9 @@ class SFTLoss:
     parallel: Parallel | None = None
 
     def __call__(self, params: Params, batch: Batch) -> Terms:
-        out = qwen3_vl.token_logprobs(params, self.model, batch, remat=self.remat, parallel=self.parallel)
+        out = qwen3_vl.token_logprobs(
+            params, self.model, batch, mask=batch.loss_mask, remat=self.remat, parallel=self.parallel
+        )
         loss = sft_loss(out.logp, batch.loss_mask, segment_ids=batch.segment_ids, average=self.average)
         targets = batch.loss_mask.sum()
         metrics = {

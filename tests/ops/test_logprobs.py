@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, tempera
 
 @pytest.mark.parametrize("chunk", [None, 4, 11, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_matches_float64(temperature: float, chunk: int | None) -> None:
+def test_matches_float64(path: str, temperature: float, chunk: int | None) -> None:
     hidden, head, targets = operands()
     logp, entropy = token_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk)
     tied = token_logprobs(hidden, head.T, targets, temperature=temperature, chunk=chunk, transposed=True)
@@ -40,7 +42,7 @@ def test_matches_float64(temperature: float, chunk: int | None) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_gradients_against_finite_differences(chunk: int | None, transposed: bool) -> None:
+def test_gradients_against_finite_differences(path: str, chunk: int | None, transposed: bool) -> None:
     hidden, head, targets = operands()
     weights = np.random.default_rng(1).normal(size=(2, N))
 
@@ -85,3 +87,44 @@ def test_memory_is_one_chunk_at_a_real_vocabulary() -> None:
 def test_greedy_temperature_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature must be positive"):
         token_logprobs(*operands(), temperature=0.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_places_that_are_not_asked_for_take_no_part(
+    path: str, transposed: bool, chunk: int | None, dtype: jnp.dtype
+) -> None:
+    """Whatever they hold: the others are as they are by themselves."""
+    hidden, head, targets = operands()
+    asked = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0], bool)
+    weights = np.random.default_rng(1).normal(size=(2, N)).astype(np.float32)
+    matrix = (head.T if transposed else head).astype(dtype)
+
+    def objective(x: jax.Array, matrix: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+        logp, entropy = token_logprobs(x, matrix, targets, chunk=chunk, transposed=transposed)
+        return (logp * weights[0]).sum() + (entropy * weights[1]).sum(), (logp, entropy)
+
+    gradient = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
+    hidden[~asked] = 1e4  # e to that is infinite
+    (d_hidden, d_head), results = gradient(hidden.astype(dtype), matrix, np.where(asked, targets, -1), weights)
+    alone = gradient(hidden[asked].astype(dtype), matrix, targets[asked], weights[:, asked])
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    for result, expected in zip(results, alone[1], strict=True):
+        np.testing.assert_allclose(result[asked], expected, rtol=1e-5, atol=1e-6)
+        assert not np.any(result[~asked])
+    assert not np.any(np.asarray(d_hidden[~asked], np.float32))
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (d_hidden[asked], alone[0][0])), **tolerance)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (d_head, alone[0][1])), **tolerance)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_nothing_asked_for(path: str, chunk: int | None) -> None:
+    hidden, head, targets = operands()
+
+    def objective(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return sum(x.sum() for x in token_logprobs(hidden, head, jnp.full_like(targets, -1), chunk=chunk))
+
+    value, gradients = jax.value_and_grad(objective, argnums=(0, 1))(hidden, head)
+    assert value == 0
+    assert not any(np.any(gradient) for gradient in gradients)
