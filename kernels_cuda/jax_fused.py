@@ -26,6 +26,7 @@ TARGETS = (
     "silu_product_grad",
     "bias_gelu",
     "bias_gelu_grad",
+    "sum_rows",
     "rope",
     "logprobs",
     "logprobs_grad",
@@ -155,6 +156,11 @@ def _bias_gelu(x: Array, bias: Array, exact: bool, shape_of_sum: tuple[int, ...]
 def bias_gelu_grad(x: Array, bias: Array, g: Array, exact: bool) -> tuple[Array, Array]:
     """(dx in place of g, d_bias [N] float32)"""
     return _call("bias_gelu_grad", (_like(x), _sum(bias)), aliases={2: 0})(x, bias, g, exact=exact)
+
+
+def sum_rows(x: Array) -> Array:
+    """[..., N] summed over all but the last dimension, [N] float32."""
+    return _call("sum_rows", jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32))(x)
 
 
 def rope(x: Array, cos: Array, sin: Array, sign: float) -> Array:

@@ -13,7 +13,7 @@ namespace {
 
 struct SplitTile {
   using Packed = uint16_t;
-  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 128, kPieces = 3, kRowPadding = 0,
+  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 128, kPieces = 3, kRowPadding = 0, kPanels = 1,
                            kStreamedRows = 0;
   // Both panels are, for each 32 of k, [piece][half][16 lines of a tile][16 words]; a word is elements i and i + 16.
   static constexpr int64_t kTile = 16 * 32, kPiece = 2 * kTile, kStep = kPieces * kPiece;

@@ -216,6 +216,24 @@ void pack_rows(S source, typename S::Packed* out, const Block& block, int64_t m0
   }
 }
 
+// Two panels of A stored across k, side by side: half the loads.
+template <int64_t kTileRows>
+void pack_two_panels(uint16_t* first, uint16_t* second, const Block& block, int64_t m0, int64_t rows, int64_t k0,
+                     int64_t depth) {
+  const uint16_t* row = static_cast<const uint16_t*>(block.a) + k0 * block.lda + m0;
+  const __mmask32 there = first_halves(rows);
+  constexpr __mmask16 mask = (1u << kTileRows) - 1;
+  const __m512i words = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i next_words = _mm512_add_epi16(words, _mm512_set1_epi16(kTileRows));
+  for (int64_t k = 0; k < depth; k += 2, row += 2 * block.lda, first += 2 * kTileRows, second += 2 * kTileRows) {
+    const __m512i x = _mm512_maskz_loadu_epi16(there, row);
+    const __m512i y = k + 1 < depth ? _mm512_maskz_loadu_epi16(there, row + block.lda) : _mm512_setzero_si512();
+    _mm512_mask_storeu_epi32(first, mask, _mm512_permutex2var_epi16(x, words, y));
+    _mm512_mask_storeu_epi32(second, mask, _mm512_permutex2var_epi16(x, next_words, y));
+  }
+}
+
 // To nearest, ties to even; a NaN stays one. In integers, as VCVTNEPS2BF16 would flush subnormals.
 inline __m256i narrow16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
@@ -354,7 +372,8 @@ template <class S, class Step, int64_t kTileRows>
 struct VectorTile {
   using Packed = typename S::Packed;
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
-                           kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedPanels = 1;
+                           kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedPanels = 1,
+                           kPanels = S::kPerWord;
   static constexpr int64_t kWord = 4;  // bytes
   static constexpr int64_t streamed_depth(int64_t) { return 48; }
 
@@ -374,6 +393,13 @@ struct VectorTile {
         return {a + m0 * stride + k0 / S::kPerWord * kWord, stride, kWord};
       if (block.a_transposed && S::kPerWord == 1) return {a + k0 * stride + m0 * kWord, kWord, stride};
     }
+    if constexpr (kPanels == 2)
+      if (block.a_transposed) {
+        Packed* second = out + round_up(depth, S::kPerWord) * kRows;
+        const bool odd = m0 / kRows % 2;
+        if (!odd) pack_two_panels<kRows>(out, second, block, m0, smaller(2 * kRows, block.m - m0), k0, depth);
+        return {reinterpret_cast<const char*>(odd ? second : out), kWord, kRows * kWord};
+      }
     return copy_a(out, block, m0, rows, k0, depth);
   }
   static Rows copy_a(Packed* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {

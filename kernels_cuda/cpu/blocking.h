@@ -30,7 +30,7 @@ struct Layout {
     // between passes.
     tiles = parts == 1 ? 2 : row_panels * column_panels;
     a = 0;
-    b = a + size_t(round_up((Tile::kPieces * depth + Tile::kRowPadding) * Tile::kRows * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
+    b = a + size_t(round_up(Tile::kPanels * (Tile::kPieces * depth + Tile::kRowPadding) * Tile::kRows * (int64_t)sizeof(typename Tile::Packed), kCacheLine));
     c = b + size_t(column_panels * b_stride) * sizeof(typename Tile::Packed);
     end = c + size_t(tiles * Tile::kRows * Tile::kColumns) * sizeof(float);
   }
@@ -172,7 +172,8 @@ void stream_block(const Block& block, char* scratch) {
   }
 }
 
-// Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth, kPieces (that an element is packed as), kRowPadding;
+// Tile gives: Packed, kRows, kColumns, kDepthUnit, kDepth, kPieces (that an element is packed as), kRowPadding, kPanels
+// (of A that the scratch holds);
 // pack_a(scratch, block, m0, rows, k0, depth): a panel of rows, in the scratch or where it lies;
 // pack_b(out, stride, block, k0, depth): all panels of columns;
 // multiply(rows, depth, a, b, sums, first, meanwhile), which gives `meanwhile` its steps or stores what it holds;

@@ -278,6 +278,8 @@ void elementwise(void* pool, mjk_dtype type, int64_t rows, int64_t size) {
     ok("wide gelu", mjk_bias_gelu(pool, MJK_F32, type, exact, rows, size, wide.get(), bias.get(), y.get(), dy.get()));
     finite("wide gelu", y), finite("wide gelu, sum", dy);
   }
+  ok("sum_rows", mjk_sum_rows(pool, type, rows, size, x.get(), d_bias.get()));
+  finite("sum_rows", d_bias);
   ok("silu", mjk_silu_product(pool, type, rows * size, x.get(), g.get(), y.get()));
   ok("silu_grad", mjk_silu_product_grad(pool, type, rows * size, x.get(), g.get(), g.get(), dx.get(), dy.get()));
   finite("silu", y), finite("silu, d_gate", dx), finite("silu, d_up", dy);

@@ -249,6 +249,18 @@ int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int32_t exact, int64_t row
   return MJK_OK;
 }
 
+int mjk_sum_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, float* total) {
+  const Fused* kernels = fused_for(dtype);
+  if (!kernels) return MJK_UNSUPPORTED;
+  const Parts parts(rows, 1, size);
+  PartialSums sums(parts, size);
+  for_each_part(stream, parts, [&](int64_t part, int64_t first, int64_t last) {
+    kernels->sum_rows(first, last, size, x, sums.row(part));
+  });
+  sums.add_up(total);
+  return MJK_OK;
+}
+
 int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t dim, float sign, const void* x,
              const float* cosine, const float* sine, void* y) {
   const Fused* kernels = fused_for(dtype);

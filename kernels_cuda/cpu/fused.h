@@ -30,6 +30,7 @@ struct Fused {
                     void* y, void* z);
   void (*bias_gelu_grad)(bool exact, int64_t first, int64_t last, int64_t size, const void* x, const void* bias,
                          const void* g, void* dx, float* d_bias);
+  void (*sum_rows)(int64_t first, int64_t last, int64_t size, const void* x, float* total);
   void (*rope)(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x, const float* cosine,
                const float* sine, void* y);
   void (*logprobs)(int64_t first, int64_t last, int64_t size, float factor, const float* logits, const int32_t* targets,

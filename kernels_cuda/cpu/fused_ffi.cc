@@ -132,6 +132,11 @@ ffi::Error bias_gelu_grad(ffi::ThreadPool threads, bool exact, AnyBuffer x, AnyB
                                    bias.untyped_data(), g.untyped_data(), dx->untyped_data(), d_bias->typed_data()));
 }
 
+ffi::Error sum_rows(ffi::ThreadPool threads, AnyBuffer x, Result<Floats> total) {
+  mindjax::Stream stream(threads);
+  return answer(mjk_sum_rows(stream.get(), dtype_of(x), rows_of(x), last_of(x), x.untyped_data(), total->typed_data()));
+}
+
 ffi::Error rope(ffi::ThreadPool threads, float sign, AnyBuffer x, Floats cosine, Floats sine, Result<AnyBuffer> y) {
   mindjax::Stream stream(threads);
   const auto dims = x.dimensions();
@@ -211,6 +216,7 @@ MJK_FUSED(silu_product, MJK_ANY MJK_ANY MJK_OUT);
 MJK_FUSED(silu_product_grad, MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
 MJK_FUSED(bias_gelu, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_OUT MJK_OUT);
 MJK_FUSED(bias_gelu_grad, .Attr<bool>("exact") MJK_ANY MJK_ANY MJK_ANY MJK_OUT MJK_SUM);
+MJK_FUSED(sum_rows, MJK_ANY MJK_SUM);
 MJK_FUSED(rope, .Attr<float>("sign") MJK_ANY.Arg<Floats>().Arg<Floats>() MJK_OUT);
 MJK_FUSED(logprobs, .Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Ints>() MJK_SUM MJK_SUM MJK_SUM);
 MJK_FUSED(logprobs_grad,

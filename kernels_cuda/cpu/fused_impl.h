@@ -75,6 +75,9 @@ struct Typed {
     const auto rows = exact ? bias_gelu_grad_rows<true, T> : bias_gelu_grad_rows<false, T>;
     rows(first, last, size, in(x), in(bias), in(g), out(dx), d_bias);
   }
+  static void sum_rows(int64_t first, int64_t last, int64_t size, const void* x, float* total) {
+    add_rows(first, last, size, in(x), total);
+  }
   static void rope(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const void* x,
                    const float* cosine, const float* sine, void* y) {
     rope_rows(first, last, heads, dim, sign, in(x), cosine, sine, out(y));
@@ -89,8 +92,8 @@ struct Typed {
     combine_rows(first, last, rows, choices, size, in(x), index, weight, out(y));
   }
   static constexpr Fused table() {
-    return {attention, attention_grad, decode, norm, norm_grad,     silu,          silu_grad, swiglu,
-            swiglu_grad, gelu,         gelu_grad, rope, logprobs_rows, logprobs_grad, combine};
+    return {attention,   attention_grad, decode,    norm,     norm_grad, silu,          silu_grad,     swiglu,
+            swiglu_grad, gelu,           gelu_grad, sum_rows, rope,      logprobs_rows, logprobs_grad, combine};
   }
 };
 

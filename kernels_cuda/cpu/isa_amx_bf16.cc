@@ -8,7 +8,7 @@ namespace {
 
 struct AmxTile {
   using Packed = uint16_t;
-  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kPieces = 1, kRowPadding = 32,
+  static constexpr int64_t kRows = 32, kColumns = 32, kDepthUnit = 32, kDepth = 2048, kPieces = 1, kRowPadding = 32, kPanels = 1,
                            kStreamedRows = 256, kStreamedPanels = 2;
   // Of so few rows memory is the limit, which the processor's prefetcher reads best in few lines at once.
   static constexpr int64_t streamed_depth(int64_t m) { return m <= 16 ? 32 : 64; }

@@ -272,6 +272,16 @@ void bias_gelu_grad_rows(int64_t first, int64_t last, int64_t size, const T* x, 
     });
 }
 
+// Rows added to `total`, which has whole vectors.
+template <class T>
+void add_rows(int64_t first, int64_t last, int64_t size, const T* x, float* total) {
+  for_several(x, size, MJK_SEVERAL {
+    auto so_far = load_like(of, total + i, MJK_LANES);
+    for (int64_t r = first; r < last; ++r) so_far = so_far + load_like(of, x + r * size + i, left);
+    store_part(total + i, so_far, MJK_LANES);
+  });
+}
+
 // Rotates the pairs (i, i + dim / 2) of each head by cos and sin[rows, dim / 2]; `sign` -1 turns back.
 template <class T>
 void rope_rows(int64_t first, int64_t last, int64_t heads, int64_t dim, float sign, const T* x, const float* cosine,

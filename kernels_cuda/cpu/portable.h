@@ -84,7 +84,7 @@ template <class Source, class Kernel>
 struct PortableTile {
   using Packed = float;
   static constexpr int64_t kRows = Kernel::kRows, kColumns = Kernel::kColumns, kDepthUnit = 1, kDepth = 384,
-                           kPieces = 1, kRowPadding = 0, kStreamedRows = 0;
+                           kPieces = 1, kRowPadding = 0, kPanels = 1, kStreamedRows = 0;
 
   static const float* pack_a(float* out, const Block& block, int64_t m0, int64_t rows, int64_t k0, int64_t depth) {
     pack_rows<Source, kRows>(out, block, m0, rows, k0, depth);

@@ -64,6 +64,9 @@ MJK_API int mjk_bias_gelu(void* stream, mjk_dtype x_dtype, mjk_dtype dtype, int3
 MJK_API int mjk_bias_gelu_grad(void* stream, mjk_dtype dtype, int32_t exact, int64_t rows, int64_t size, const void* x,
                                const void* bias, const void* g, void* dx, float* d_bias);
 
+// The float32 sum of the rows of x[rows, size].
+MJK_API int mjk_sum_rows(void* stream, mjk_dtype dtype, int64_t rows, int64_t size, const void* x, float* total);
+
 // Rotates the pairs (i, i + dim / 2) of x[rows, heads, dim] by cos, sin[rows, dim / 2]; sign -1 turns back. y may be x.
 MJK_API int mjk_rope(void* stream, mjk_dtype dtype, int64_t rows, int64_t heads, int64_t dim, float sign, const void* x,
                      const float* cosine, const float* sine, void* y);
