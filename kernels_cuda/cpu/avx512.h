@@ -278,8 +278,6 @@ void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64
   }
 }
 
-constexpr int64_t kSetStride = 4096;  // bytes between lines that share a set of L1
-
 // Where a tile gets the words of its panel of B: from the packed panel ...
 struct FromPanel {
   const int32_t* at;
@@ -307,17 +305,17 @@ struct FromPanelFetching : FromPanel {
   }
 };
 
-// ... or from B itself, of which it packs the panel on the way and fetches the part that is wanted soon.
+// ... or from B itself, of which it packs the panel on the way and fetches as many lines of what is wanted next.
 template <class S>
 struct FromSource {
-  const char *at, *ahead;
-  int64_t row, depth, lanes, ahead_depth;
+  const char* at;
+  int64_t row, depth, lanes;
   int32_t* panel;
+  Fetch& ahead;
 
-  FromSource(const Block& block, int64_t k0, int64_t depth, int64_t n0, const Ahead& ahead, int32_t* panel)
-      : row(block.ldb * kSize), depth(depth), lanes(block.n - n0), ahead_depth(ahead.depth), panel(panel) {
+  FromSource(const Block& block, int64_t k0, int64_t depth, int64_t n0, int32_t* panel, Fetch& ahead)
+      : row(block.ldb * kSize), depth(depth), lanes(block.n - n0), panel(panel), ahead(ahead) {
     at = static_cast<const char*>(block.b) + k0 * row + n0 * kSize;
-    this->ahead = static_cast<const char*>(block.b) + ahead.k * row + ahead.n * kSize;
   }
   void load(int64_t w, __m512i& low, __m512i& high) const {
     const int64_t k = w * S::kPerWord;
@@ -328,15 +326,7 @@ struct FromSource {
       _mm512_storeu_si512(panel + w * 32, low);
       _mm512_storeu_si512(panel + w * 32 + 16, high);
     }
-    if (k + S::kPerWord > ahead_depth) return;
-    const char *line = ahead + k * row, *second = line + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine);
-    if (row % kSetStride == 0) {  // L1 has no room for these rows
-      _mm_prefetch(line, _MM_HINT_T1);
-      _mm_prefetch(second, _MM_HINT_T1);
-    } else {
-      _mm_prefetch(line, _MM_HINT_T0);
-      _mm_prefetch(second, _MM_HINT_T0);
-    }
+    ahead.next(S::kPerWord * 32 * kSize / kCacheLine);
   }
 
  private:
@@ -356,7 +346,9 @@ struct VectorTile {
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
                            kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedPanels = 1;
   static constexpr int64_t kWord = 4;  // bytes
-  static constexpr int64_t streamed_depth(int64_t) { return 48; }
+  static constexpr int64_t streamed_depth(int64_t m) {
+    return m <= 48 ? 96 / (int64_t)sizeof(typename S::Source) : 64;
+  }
 
   // Rows `stride` bytes apart; 0: packed.
   struct Rows {
@@ -430,10 +422,10 @@ struct VectorTile {
   static void stream(const Block& block, char* scratch) { stream_block<VectorTile>(block, scratch); }
   // The first tile of a column of tiles packs B into `panel`, where others follow.
   static void stream_tile(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
-                     const Rows& a, Packed* panel, float* sums, bool first, const Ahead& ahead) {
+                     const Rows& a, Packed* panel, float* sums, bool first, Fetch& ahead) {
     auto* words = reinterpret_cast<int32_t*>(panel);
     if (packs)
-      run(rows, depth, a, FromSource<S>(block, k0, depth, n0, ahead, words), sums, first);
+      run(rows, depth, a, FromSource<S>(block, k0, depth, n0, words, ahead), sums, first);
     else
       run(rows, depth, a, FromPanel{words}, sums, first);
   }
