@@ -346,9 +346,11 @@ struct VectorTile {
   static constexpr int64_t kRows = kTileRows, kColumns = 32, kDepthUnit = S::kPerWord, kDepth = 384 * S::kPerWord,
                            kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedPanels = 1;
   static constexpr int64_t kWord = 4;  // bytes
-  static constexpr int64_t streamed_depth(int64_t m) {
-    return m <= 48 ? 96 / (int64_t)sizeof(typename S::Source) : 64;
-  }
+  // Where rows are few, memory is the limit; of more rows, float32 is limited by arithmetic.
+  static constexpr bool kHalf = sizeof(typename S::Source) == 2;
+  static constexpr int64_t kTallColumns = kHalf ? 512 : 0;
+  static constexpr int64_t streamed_depth(int64_t m) { return m <= 48 ? (kHalf ? 48 : 24) : kHalf ? 64 : 48; }
+  static constexpr bool in_order(int64_t m) { return kHalf || m <= 48; }
 
   // Rows `stride` bytes apart; 0: packed.
   struct Rows {

@@ -146,7 +146,7 @@ void stream_block(const Block& block, char* scratch) {
   float* c = reinterpret_cast<float*>(scratch + layout.c);
   const int64_t size = block.in == MJK_F32 ? 4 : 2, row = block.ldb * size;
   const char* from = static_cast<const char*>(block.b);
-  const bool in_order = block.n == block.ldb || row % kSetStride == 0;
+  const bool in_order = Tile::in_order(block.m) && (block.n == block.ldb || row % kSetStride == 0);
   const int64_t panels_ahead = layout.row_panels < 4 ? 4 / layout.row_panels : 1;
   Fetch ahead = {from, row, block.n * size, smaller(layout.depth, block.k)};
   if (in_order) ahead.next(ahead.lines());
@@ -184,7 +184,8 @@ void stream_block(const Block& block, char* scratch) {
 // pack_b(out, stride, block, k0, depth): all panels of columns;
 // multiply(rows, depth, a, b, sums, first, meanwhile), which gives `meanwhile` its steps or stores what it holds;
 // store(block, m0, rows, n0, columns, sums).
-// With kStreamedRows above 0 also streamed_depth(m), kStreamedPanels and stream(block, scratch).
+// With kStreamedRows above 0 also streamed_depth(m), kStreamedPanels and stream(block, scratch);
+// for stream_block in_order(m), whether B may be fetched so.
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
   if constexpr (Tile::kStreamedRows > 0)

@@ -43,10 +43,11 @@ class Plan {
     const bool few_rows = !tgmm && tallest <= kFewRows && call.product == Product::kGmm;
     const bool tall = few_rows && kernels.tall_columns && starts_[call.groups] - starts_[0] > kWideRows * call.groups &&
                       call.groups * blocks(width_, kernels.tall_columns) >= 3 * threads;
+    const int64_t widest = tall ? kernels.tall_columns : 2048;
     // Few rows: the time is that of reading w, which is fastest in order, whole rows of it.
     // tgmm packs both sides: a shallower part is packed fewer times.
     depth_ = few_rows ? 256 : tgmm ? std::min<int64_t>(kernels.depth, 1024) : kernels.depth;
-    block_n_ = even_blocks(width_, tall ? kernels.tall_columns : few_rows ? 2048 : kPackedBytes / (std::min(contracted, depth_) * kernels.packed + 1),
+    block_n_ = even_blocks(width_, few_rows ? widest : kPackedBytes / (std::min(contracted, depth_) * kernels.packed + 1),
                            kernels.columns);
     block_m_ = even_blocks(height, contracted > depth_ ? 512 : 2048, kernels.rows);
     // Enough items that threads end together, unless they would get tiny.

@@ -38,7 +38,7 @@ struct Kernels {
   // Around a thread's run of blocks (tile registers are configured and released).
   void (*enter)();
   void (*leave)();
-  // Where B is streamed for more than kWideRows rows a group: the columns of a block, whose sums then stay in L2; 0: all.
+  // Where B is streamed for more than 48 rows a group: the columns of a block, whose sums then stay in L2; 0: all.
   int64_t tall_columns = 0;
 };
 
