@@ -296,8 +296,6 @@ void store_tile(Order order, const Block& block, int64_t m0, int64_t rows, int64
   }
 }
 
-constexpr int64_t kSetStride = 4096;  // bytes between lines that share a set of L1
-
 // Where a tile gets the words of its panel of B: from the packed panel ...
 struct FromPanel {
   const int32_t* at;
@@ -325,17 +323,17 @@ struct FromPanelFetching : FromPanel {
   }
 };
 
-// ... or from B itself, of which it packs the panel on the way and fetches the part that is wanted soon.
+// ... or from B itself, of which it packs the panel on the way and fetches as many lines of what is wanted next.
 template <class S>
 struct FromSource {
-  const char *at, *ahead;
-  int64_t row, depth, lanes, ahead_depth;
+  const char* at;
+  int64_t row, depth, lanes;
   int32_t* panel;
+  Fetch& ahead;
 
-  FromSource(const Block& block, int64_t k0, int64_t depth, int64_t n0, const Ahead& ahead, int32_t* panel)
-      : row(block.ldb * kSize), depth(depth), lanes(block.n - n0), ahead_depth(ahead.depth), panel(panel) {
+  FromSource(const Block& block, int64_t k0, int64_t depth, int64_t n0, int32_t* panel, Fetch& ahead)
+      : row(block.ldb * kSize), depth(depth), lanes(block.n - n0), panel(panel), ahead(ahead) {
     at = static_cast<const char*>(block.b) + k0 * row + n0 * kSize;
-    this->ahead = static_cast<const char*>(block.b) + ahead.k * row + ahead.n * kSize;
   }
   void load(int64_t w, __m512i& low, __m512i& high) const {
     const int64_t k = w * S::kPerWord;
@@ -346,15 +344,7 @@ struct FromSource {
       _mm512_storeu_si512(panel + w * 32, low);
       _mm512_storeu_si512(panel + w * 32 + 16, high);
     }
-    if (k + S::kPerWord > ahead_depth) return;
-    const char *line = ahead + k * row, *second = line + (S::kPerWord == 2 ? row : 32 * kSize - kCacheLine);
-    if (row % kSetStride == 0) {  // L1 has no room for these rows
-      _mm_prefetch(line, _MM_HINT_T1);
-      _mm_prefetch(second, _MM_HINT_T1);
-    } else {
-      _mm_prefetch(line, _MM_HINT_T0);
-      _mm_prefetch(second, _MM_HINT_T0);
-    }
+    ahead.next(S::kPerWord * 32 * kSize / kCacheLine);
   }
 
  private:
@@ -375,7 +365,11 @@ struct VectorTile {
                            kPieces = 1, kRowPadding = 0, kStreamedRows = 256, kStreamedPanels = 1,
                            kPanels = S::kPerWord;
   static constexpr int64_t kWord = 4;  // bytes
-  static constexpr int64_t streamed_depth(int64_t) { return 48; }
+  // Where rows are few, memory is the limit; of more rows, float32 is limited by arithmetic.
+  static constexpr bool kHalf = sizeof(typename S::Source) == 2;
+  static constexpr int64_t kTallColumns = kHalf ? 512 : 0;
+  static constexpr int64_t streamed_depth(int64_t m) { return m <= 48 ? (kHalf ? 48 : 24) : kHalf ? 64 : 48; }
+  static constexpr bool in_order(int64_t m) { return kHalf || m <= 48; }
 
   // Rows `row` bytes apart, the words of a row `word` bytes apart.
   struct Rows {
@@ -463,10 +457,10 @@ struct VectorTile {
   static void stream(const Block& block, char* scratch) { stream_block<VectorTile>(block, scratch); }
   // The first tile of a column of tiles packs B into `panel`, where others follow.
   static void stream_tile(const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t rows, bool packs,
-                     const Rows& a, Packed* panel, float* sums, bool first, const Ahead& ahead) {
+                     const Rows& a, Packed* panel, float* sums, bool first, Fetch& ahead) {
     auto* words = reinterpret_cast<int32_t*>(panel);
     if (packs)
-      run(rows, depth, a, FromSource<S>(block, k0, depth, n0, ahead, words), sums, first);
+      run(rows, depth, a, FromSource<S>(block, k0, depth, n0, words, ahead), sums, first);
     else
       run(rows, depth, a, FromPanel{words}, sums, first);
   }

@@ -8,6 +8,7 @@ namespace mindjax {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kSetStride = 4096;  // bytes between lines that share a set of L1
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -51,11 +52,6 @@ struct StreamedLayout {
     c = b + size_t(Tile::kStreamedPanels * depth * Tile::kColumns) * sizeof(typename Tile::Packed);
     end = c + size_t(row_panels * column_panels * Tile::kRows * Tile::kColumns) * sizeof(float);
   }
-};
-
-// A part of B that is wanted soon: `depth` rows from k on, the panel of columns from n on.
-struct Ahead {
-  int64_t depth, k, n;
 };
 
 // A part of an array that is wanted soon: `rows` of so many bytes, fetched into L2 line by line.
@@ -137,8 +133,10 @@ size_t scratch_bytes(int64_t m, int64_t n, int64_t k, int64_t depth) {
 // Tile::stream for tiles that give copy_a (pack_a, but never in place) and stream_tile(block, k0, depth, n0, rows,
 // packs, a, b, sums, first, ahead): the product of few rows, for which packing B first would take as long as using it.
 // Here memory delivers B meanwhile.
-// The first tile of a column of tiles reads B where it lies, packs it for the others and fetches what comes soon: of a
-// few rows the next panel is too soon. Parts of k are shallow, so that the processor's prefetcher follows their rows.
+// The first tile of a column of tiles reads B where it lies, packs it for the others and fetches what comes soon: its
+// share of the next part of k in the order of memory, which is read twice as fast so, where rows are whole or L1 has no
+// room for a panel as stored; else a panel, of a few rows not the next one, which is too soon.
+// Parts of k are shallow, so that two of them stay in L2.
 template <class Tile>
 void stream_block(const Block& block, char* scratch) {
   using Packed = typename Tile::Packed;
@@ -146,21 +144,30 @@ void stream_block(const Block& block, char* scratch) {
   Packed* a = reinterpret_cast<Packed*>(scratch);
   Packed* b = reinterpret_cast<Packed*>(scratch + layout.b);
   float* c = reinterpret_cast<float*>(scratch + layout.c);
+  const int64_t size = block.in == MJK_F32 ? 4 : 2, row = block.ldb * size;
+  const char* from = static_cast<const char*>(block.b);
+  const bool in_order = Tile::in_order(block.m) && (block.n == block.ldb || row % kSetStride == 0);
   const int64_t panels_ahead = layout.row_panels < 4 ? 4 / layout.row_panels : 1;
+  Fetch ahead = {from, row, block.n * size, smaller(layout.depth, block.k)};
+  if (in_order) ahead.next(ahead.lines());
   for (int64_t k0 = 0; k0 < block.k; k0 += layout.depth) {
     const int64_t depth = smaller(layout.depth, block.k - k0), next = k0 + depth;
-    const int64_t next_depth = smaller(layout.depth, block.k - next);
     const bool first = k0 == 0, last = next == block.k;
     decltype(Tile::copy_a(a, block, 0, 0, 0, 0)) panels[(Tile::kStreamedRows + Tile::kRows - 1) / Tile::kRows];
     for (int64_t i = 0; i < layout.row_panels; ++i) {
       const int64_t m0 = i * Tile::kRows;
       panels[i] = Tile::copy_a(a + i * layout.a_stride, block, m0, smaller(Tile::kRows, block.m - m0), k0, depth);
     }
+    const int64_t next_depth = smaller(layout.depth, block.k - next);
+    ahead = {from + next * row, row, block.n * size, next_depth};
     for (int64_t j = 0; j < layout.column_panels; ++j) {
       const int64_t n0 = j * Tile::kColumns;
-      const int64_t soon = j + panels_ahead, below = soon - layout.column_panels;  // below: in the next part of k
-      const Ahead ahead = below < 0 ? Ahead{depth, k0, soon * Tile::kColumns}
-                                    : Ahead{next_depth, next, below * Tile::kColumns};
+      if (!in_order) {
+        const int64_t soon = j + panels_ahead, below = soon - layout.column_panels;  // below: in the next part of k
+        const bool here = below < 0;
+        const char* line = from + (here ? k0 : next) * row + (here ? soon : below) * Tile::kColumns * size;
+        ahead = {line, row, Tile::kColumns * size, here ? depth : next_depth};
+      }
       for (int64_t i = 0; i < layout.row_panels; ++i) {
         const int64_t m0 = i * Tile::kRows, rows = smaller(Tile::kRows, block.m - m0);
         float* sums = c + (j * layout.row_panels + i) * Tile::kRows * Tile::kColumns;
@@ -178,7 +185,8 @@ void stream_block(const Block& block, char* scratch) {
 // pack_b(out, stride, block, k0, depth): all panels of columns;
 // multiply(rows, depth, a, b, sums, first, meanwhile), which gives `meanwhile` its steps or stores what it holds;
 // store(block, m0, rows, n0, columns, sums).
-// With kStreamedRows above 0 also streamed_depth(m), kStreamedPanels and stream(block, scratch).
+// With kStreamedRows above 0 also streamed_depth(m), kStreamedPanels and stream(block, scratch);
+// for stream_block in_order(m), whether B may be fetched so.
 template <class Tile>
 void multiply_block(const Block& block, char* scratch) {
   if constexpr (Tile::kStreamedRows > 0)

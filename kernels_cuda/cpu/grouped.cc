@@ -41,10 +41,13 @@ class Plan {
     const int64_t tallest = tallest_group(starts_), height = tgmm ? call.k : tallest;
     const int64_t contracted = tgmm ? tallest : call.product == Product::kGmmT ? call.n : call.k;
     const bool few_rows = !tgmm && tallest <= kFewRows && call.product == Product::kGmm;
+    const bool tall = few_rows && kernels.tall_columns && starts_[call.groups] - starts_[0] > kWideRows * call.groups &&
+                      call.groups * blocks(width_, kernels.tall_columns) >= 3 * threads;
+    const int64_t widest = tall ? kernels.tall_columns : 2048;
     // Few rows: the time is that of reading w, which is fastest in order, whole rows of it.
     // tgmm packs both sides: a shallower part is packed fewer times.
     depth_ = few_rows ? 256 : tgmm ? std::min<int64_t>(kernels.depth, 1024) : kernels.depth;
-    block_n_ = even_blocks(width_, few_rows ? 2048 : kPackedBytes / (std::min(contracted, depth_) * kernels.packed + 1),
+    block_n_ = even_blocks(width_, few_rows ? widest : kPackedBytes / (std::min(contracted, depth_) * kernels.packed + 1),
                            kernels.columns);
     block_m_ = even_blocks(height, contracted > depth_ ? 512 : 2048, kernels.rows);
     // Enough items that threads end together, unless they would get tiny.
@@ -117,7 +120,7 @@ class Plan {
   }
 
  private:
-  static constexpr int64_t kZeroRows = 256, kFewRows = 256, kPackedBytes = 1 << 20, kCaches = 32 << 20;
+  static constexpr int64_t kZeroRows = 256, kFewRows = 256, kWideRows = 48, kPackedBytes = 1 << 20, kCaches = 32 << 20;
 
   static int64_t even_blocks(int64_t size, int64_t most, int64_t unit) {
     const int64_t parts = std::max<int64_t>(1, blocks(size, std::max(unit, most)));

@@ -128,6 +128,11 @@ struct AmxTile {
   static void stream(const Block& block, char* scratch);
 };
 
+// A panel of B: `depth` rows from k on, columns from n on.
+struct Ahead {
+  int64_t depth, k, n;
+};
+
 // Packs one panel of B in steps, while the one before is multiplied, and fetches what will be packed after it.
 class NextPanel {
  public:

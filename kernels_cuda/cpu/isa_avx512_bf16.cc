@@ -13,6 +13,6 @@ using Tile = VectorTile<PairSource, DotPairs, 12>;
 }  // namespace
 
 extern const Kernels kAvx512DotBf16 = {"avx512_bf16", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(Tile::Packed), Tile::kStreamedRows, scratch_bytes<Tile>,
-                                       multiply_block<Tile>, nothing, publish};
+                                       multiply_block<Tile>, nothing, publish, Tile::kTallColumns};
 
 }  // namespace mindjax

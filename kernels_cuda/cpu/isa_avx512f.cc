@@ -14,7 +14,7 @@ template <class S>
 constexpr Kernels table() {
   using Tile = VectorTile<S, Fma, 12>;
   return {"avx512f", Tile::kRows, Tile::kColumns, Tile::kDepth, sizeof(typename Tile::Packed), Tile::kStreamedRows, scratch_bytes<Tile>, multiply_block<Tile>,
-          nothing, publish};
+          nothing, publish, Tile::kTallColumns};
 }
 
 }  // namespace

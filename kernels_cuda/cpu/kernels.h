@@ -38,6 +38,8 @@ struct Kernels {
   // Around a thread's run of blocks (tile registers are configured and released).
   void (*enter)();
   void (*leave)();
+  // Where B is streamed for more than 48 rows a group: the columns of a block, whose sums then stay in L2; 0: all.
+  int64_t tall_columns = 0;
 };
 
 // result[m, n] = the sum over k of x[m, k] w[n, k], an int32, times (xs[m] ws[n]); n of 16, k of 64.

@@ -271,6 +271,24 @@ def test_any_number_of_threads_gives_the_same_bits(api: Api, dtype: torch.dtype)
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("k, n, sizes", [(131, 2048, [1, 15, 16, 17]), (133, 1100, [60, 0, 70, 49, 130, 5])])
+def test_few_rows_are_the_same_bits_however_w_is_read(
+    api: Api, k: int, n: int, sizes: Sequence[int], dtype: torch.dtype
+) -> None:
+    """All groups in one call, in blocks of fewer columns and in parts of other depths, or each group alone."""
+    contract.check_gmm(api, sum(sizes), k, n, sizes, "cpu", dtype=dtype)
+    x, w = torch.randn(sum(sizes), k).to(dtype), torch.full((len(sizes) + 2, k, n), torch.nan, dtype=dtype)
+    w[1:-1] = torch.randn(len(sizes), k, n)
+    w = w[1:-1]  # what lies beside it is not read into a sum
+    alone = [
+        api.gmm(part, w[i : i + 1], contract.sizes_of([len(part)], "cpu"))
+        for i, part in enumerate(x.split(list(sizes)))
+    ]
+    for api.threads in (1, 2, 8):
+        assert torch.equal(api.gmm(x, w, contract.sizes_of(sizes, "cpu")), torch.cat(alone))
+
+
 def test_sizes_that_do_not_fit_are_named(api: Api) -> None:
     x, w = torch.randn(4, 3), torch.randn(2, 3, 5)
     with pytest.raises(ValueError, match="the groups have 5 rows in all, x has 4"):
