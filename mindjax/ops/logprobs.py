@@ -20,6 +20,8 @@ from mindjax.ops.dispatch import on_cpu
 from mindjax.ops.matmul import contract, contract_rows
 
 Array = jax.Array
+Operands = tuple[Array, Array, Array, Array, Array]  # hidden, head, targets, temperature, how many places are asked for
+Pair = tuple[Array, Array]  # of log-probability and entropy
 
 # Logits of one chunk, in numbers: 2**24 float32 are 64 MiB, a few of which live at once in the backward pass.
 CHUNK_LOGITS = 2**24
@@ -112,39 +114,43 @@ def _forward(
     chunk: int,
     axis: str | None,
     transposed: bool,
-) -> tuple[tuple[Array, Array], tuple]:
+) -> tuple[Pair, tuple[Operands, tuple[Array, ...] | None]]:
     places = hidden.shape[0]
     operands = hidden, head, targets, temperature, count
     if places == chunk:
-        results, saved = _chunk_forward(*operands, axis, transposed)
-        return results, (*operands, saved)
+        results, saved = _chunk_forward(operands, axis, transposed)
+        return results, (operands, saved)
 
     padded = _padded(operands, chunk)
 
     def one_chunk(i: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
-        new, _ = _chunk_forward(*_chunk(padded, i, chunk), axis, transposed)
+        new, _ = _chunk_forward(_chunk(padded, i, chunk), axis, transposed)
         return tuple(lax.dynamic_update_index_in_dim(all, part, i, 0) for all, part in zip(results, new, strict=True))
 
     nothing = jnp.zeros((-(-places // chunk), chunk), jnp.float32)
     logp, entropy = lax.fori_loop(0, -(-count // chunk), one_chunk, (nothing, nothing))
-    return (logp.reshape(-1)[:places], entropy.reshape(-1)[:places]), (*operands, None)
+    return (logp.reshape(-1)[:places], entropy.reshape(-1)[:places]), (operands, None)
 
 
 def _backward(
-    chunk: int, axis: str | None, transposed: bool, saved: tuple, gradients: tuple[Array, Array]
+    chunk: int,
+    axis: str | None,
+    transposed: bool,
+    operands_and_saved: tuple[Operands, tuple[Array, ...] | None],
+    gradients: Pair,
 ) -> tuple[Any, ...]:
-    *operands, saved = saved
+    operands, saved = operands_and_saved
     hidden, head, targets, temperature, count = operands
     if saved is not None:
-        d_hidden, d_head = _chunk_backward(*operands, saved, gradients, axis, transposed)
+        d_hidden, d_head = _chunk_backward(operands, saved, gradients, axis, transposed)
     else:
-        padded, gradients = _padded(operands, chunk), tuple(_pad(gradient, chunk) for gradient in gradients)
+        padded, d_results = _padded(operands, chunk), [_pad(gradient, chunk) for gradient in gradients]
 
         def one_chunk(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             part = _chunk(padded, i, chunk)
-            _, saved = _chunk_forward(*part, axis, transposed)
-            mine = tuple(_slice(gradient, i, chunk) for gradient in gradients)
-            d_part, d_head = _chunk_backward(*part, saved, mine, axis, transposed)
+            _, saved = _chunk_forward(part, axis, transposed)
+            d_logp, d_entropy = (_slice(d_result, i, chunk) for d_result in d_results)
+            d_part, d_head = _chunk_backward(part, saved, (d_logp, d_entropy), axis, transposed)
             return lax.dynamic_update_index_in_dim(sums[0], to_bits(d_part), i, 0), sums[1] + d_head
 
         chunks = -(-hidden.shape[0] // chunk)
@@ -158,7 +164,7 @@ def _backward(
 _logprobs.defvjp(_forward, _backward)
 
 
-def _padded(operands: Any, chunk: int) -> tuple[Array, ...]:
+def _padded(operands: Operands, chunk: int) -> Operands:
     """The operands in whole chunks, rows as integers."""
     hidden, head, targets, temperature, count = operands
     return _pad(to_bits(hidden), chunk), head, _pad(targets, chunk), temperature, count
@@ -168,7 +174,7 @@ def _pad(x: Array, chunk: int) -> Array:
     return jnp.pad(x, [(0, -len(x) % chunk)] + [(0, 0)] * (x.ndim - 1))
 
 
-def _chunk(padded: Any, i: Array, chunk: int) -> tuple[Array, ...]:
+def _chunk(padded: Operands, i: Array, chunk: int) -> Operands:
     """The operands of chunk `i`."""
     bits, head, targets, temperature, count = padded
     rows = from_bits(_slice(bits, i, chunk), head.dtype)
@@ -179,9 +185,8 @@ def _slice(x: Array, i: Array, chunk: int) -> Array:
     return lax.dynamic_slice_in_dim(x, i * chunk, chunk)
 
 
-def _chunk_forward(
-    hidden: Array, head: Array, targets: Array, temperature: Array, count: Array, axis: str | None, transposed: bool
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+def _chunk_forward(operands: Operands, axis: str | None, transposed: bool) -> tuple[Pair, tuple[Array, ...]]:
+    hidden, head, targets, temperature, count = operands
     logits = _product(hidden, head, count, transposed)
     logp, entropy, normaliser = on_cpu(
         jax_fused.logprobs, partial(_of_logits, axis=axis), logits, targets, temperature, count
@@ -216,16 +221,9 @@ def _place(targets: Array, share: int, axis: str | None) -> Array:
 
 
 def _chunk_backward(
-    hidden: Array,
-    head: Array,
-    targets: Array,
-    temperature: Array,
-    count: Array,
-    saved: tuple[Array, ...],
-    gradients: tuple[Array, Array],
-    axis: str | None,
-    transposed: bool,
+    operands: Operands, saved: tuple[Array, ...], gradients: Pair, axis: str | None, transposed: bool
 ) -> tuple[Array, Array]:
+    hidden, head, targets, temperature, count = operands
     logits, normaliser, entropy = saved
     # Every device has the same results, each with its share of their gradient.
     gradients = gradients if axis is None else lax.psum(gradients, axis)

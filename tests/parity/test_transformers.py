@@ -156,12 +156,30 @@ def test_gradients_of_every_parameter(pair: tuple[Any, ...], remat: Any, tmp_pat
     assert max(errors.values()) < GRADIENT_RTOL, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 
-def _torch_gradients(model: PreTrainedModel, config: ModelConfig, rows: Rows, folder: Path) -> dict[str, Any]:
+def test_gradients_of_some_tokens(pair: tuple[Any, ...], tmp_path: Path, strict: None) -> None:
+    """Of those that a mask names; the others are 0 and take no part."""
+    model, config, params = pair
+    rows = build(model, config, MIXTURE, seed=1)
+    mask = (np.random.default_rng(0).random(rows.batch.tokens.shape) < 0.4).astype(np.float32)
+    theirs = _torch_gradients(model, config, rows, tmp_path, mask)
+
+    @jax.jit
+    def loss(params: dict[str, Any]) -> jax.Array:
+        return -qwen3_vl.token_logprobs(params, config, rows.batch, mask=mask).logp.sum()
+
+    errors = relative_errors(jax.grad(loss)(params), theirs)
+    assert max(errors.values()) < GRADIENT_RTOL, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+def _torch_gradients(
+    model: PreTrainedModel, config: ModelConfig, rows: Rows, folder: Path, wanted: np.ndarray | None = None
+) -> dict[str, Any]:
     model.zero_grad()
     logp = model(**rows.inputs).logits.log_softmax(-1)[:, :-1]
     logp = logp.gather(-1, rows.inputs["input_ids"][:, 1:, None])[..., 0]
     mask = rows.inputs["attention_mask"]
-    (-(logp * mask[:, 1:] * mask[:, :-1]).sum()).backward()
+    weights = mask[:, 1:] * mask[:, :-1] * (1 if wanted is None else torch.from_numpy(wanted)[:, 1:])
+    (-(logp * weights).sum()).backward()
     return load_gradients(model, config, folder)
 
 
