@@ -79,11 +79,15 @@ void load_across(S source, const typename S::Source* p, const typename S::Source
   low = load_across(source, p, next, lanes);
   high = lanes > 16 ? load_across(source, p + 16, next ? next + 16 : nullptr, lanes - 16) : _mm512_setzero_si512();
 }
+// 16 words of pairs of x and y, from number `first` on.
+inline __m512i pairs(__m512i x, __m512i y, int16_t first) {
+  const __m512i from_0 = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  return _mm512_permutex2var_epi16(x, _mm512_add_epi16(from_0, _mm512_set1_epi16(first)), y);
+}
 inline void interleave(PairSource, __m512i x, __m512i y, __m512i& low, __m512i& high) {
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  low = _mm512_permutex2var_epi16(x, first, y);
-  high = _mm512_permutex2var_epi16(x, _mm512_add_epi16(first, _mm512_set1_epi16(16)), y);
+  low = pairs(x, y, 0);
+  high = pairs(x, y, 16);
 }
 inline void interleave(UnpackedSource, __m512i x, __m512i y, __m512i& low, __m512i& high) {
   low = _mm512_unpacklo_epi16(x, y);
@@ -223,14 +227,11 @@ void pack_two_panels(uint16_t* first, uint16_t* second, const Block& block, int6
   const uint16_t* row = static_cast<const uint16_t*>(block.a) + k0 * block.lda + m0;
   const __mmask32 there = first_halves(rows);
   constexpr __mmask16 mask = (1u << kTileRows) - 1;
-  const __m512i words = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i next_words = _mm512_add_epi16(words, _mm512_set1_epi16(kTileRows));
   for (int64_t k = 0; k < depth; k += 2, row += 2 * block.lda, first += 2 * kTileRows, second += 2 * kTileRows) {
     const __m512i x = _mm512_maskz_loadu_epi16(there, row);
     const __m512i y = k + 1 < depth ? _mm512_maskz_loadu_epi16(there, row + block.lda) : _mm512_setzero_si512();
-    _mm512_mask_storeu_epi32(first, mask, _mm512_permutex2var_epi16(x, words, y));
-    _mm512_mask_storeu_epi32(second, mask, _mm512_permutex2var_epi16(x, next_words, y));
+    _mm512_mask_storeu_epi32(first, mask, pairs(x, y, 0));
+    _mm512_mask_storeu_epi32(second, mask, pairs(x, y, kTileRows));
   }
 }
 

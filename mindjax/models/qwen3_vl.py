@@ -91,7 +91,7 @@ class TokenLogprobs:
     """Of the tokens of a batch, each given what stands before it in its segment.
 
     Attributes:
-      logp: [B, T] float32, 0 at the first token of a segment and in padding.
+      logp: [B, T] float32, 0 at the first token of a segment, in padding and where a mask leaves tokens out.
       entropy: [B, T] float32, of the distribution that the token was drawn from, 0 likewise.
       router: see `Output`.
     """
