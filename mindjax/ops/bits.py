@@ -3,7 +3,7 @@
 XLA's CPU backend has no bfloat16 slice or update: it converts the whole array to float32 and back around each one,
 which turns a loop over a stack into work quadratic in its length; float8 becomes float16, which takes twice the memory.
 The same bits as integers are sliced as they are.
-On other backends both functions cost nothing.
+On other backends it costs nothing.
 """
 
 from __future__ import annotations

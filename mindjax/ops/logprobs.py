@@ -69,9 +69,8 @@ def token_logprobs(
     count = jnp.sum(asked, dtype=jnp.int32)
     rank = jnp.where(asked, jnp.cumsum(asked), count + jnp.cumsum(~asked)).astype(jnp.int32) - 1
     order = jnp.zeros_like(rank).at[rank].set(jnp.arange(places, dtype=jnp.int32), unique_indices=True)
-    results = _logprobs(
-        _arrange(hidden, order, rank), head, targets[order], temperature, count, min(chunk, places), axis, transposed
-    )
+    operands = _arrange(hidden, order, rank), head, targets[order], temperature, count
+    results = _logprobs(operands, min(chunk, places), axis, transposed)
     logp, entropy = (jnp.where(asked, result[rank], jnp.float32(0)) for result in results)
     return logp, entropy
 
@@ -90,33 +89,16 @@ _arrange.defvjp(
 
 # The backward pass is written out: it passes over the logits once, where the derived one does so a dozen times, and its
 # loop ends where nothing more is asked for.
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _logprobs(
-    hidden: Array,
-    head: Array,
-    targets: Array,
-    temperature: Array,
-    count: Array,
-    chunk: int,
-    axis: str | None,
-    transposed: bool,
-) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _logprobs(operands: Operands, chunk: int, axis: str | None, transposed: bool) -> Pair:
     """Of the first `count` places; of the others anything."""
-    return _forward(hidden, head, targets, temperature, count, chunk, axis, transposed)[0]
+    return _forward(operands, chunk, axis, transposed)[0]
 
 
 def _forward(
-    hidden: Array,
-    head: Array,
-    targets: Array,
-    temperature: Array,
-    count: Array,
-    chunk: int,
-    axis: str | None,
-    transposed: bool,
+    operands: Operands, chunk: int, axis: str | None, transposed: bool
 ) -> tuple[Pair, tuple[Operands, tuple[Array, ...] | None]]:
-    places = hidden.shape[0]
-    operands = hidden, head, targets, temperature, count
+    places, count = operands[0].shape[0], operands[-1]
     if places == chunk:
         results, saved = _chunk_forward(operands, axis, transposed)
         return results, (operands, saved)
@@ -138,7 +120,7 @@ def _backward(
     transposed: bool,
     operands_and_saved: tuple[Operands, tuple[Array, ...] | None],
     gradients: Pair,
-) -> tuple[Any, ...]:
+) -> tuple[tuple[Any, ...]]:
     operands, saved = operands_and_saved
     hidden, head, targets, temperature, count = operands
     if saved is not None:
@@ -158,7 +140,7 @@ def _backward(
         bits, d_head = lax.fori_loop(0, -(-count // chunk), one_chunk, nothing)
         d_hidden = from_bits(bits.reshape(-1, hidden.shape[1])[: hidden.shape[0]], hidden.dtype)
     d_targets, d_count = (np.zeros(x.shape, jax.dtypes.float0) for x in (targets, count))
-    return d_hidden, d_head, d_targets, jnp.zeros_like(temperature), d_count
+    return ((d_hidden, d_head, d_targets, jnp.zeros_like(temperature), d_count),)
 
 
 _logprobs.defvjp(_forward, _backward)
